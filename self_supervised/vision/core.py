@@ -15,7 +15,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #17b707f2
+# %% ../../nbs/30_vision.core.ipynb #cf0fe6f3
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -34,6 +34,10 @@ class MultiView(Callback):
         self.learn.teacher_feats,self.learn.view_stats = None,None
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
             self.learn.recorder.train_metrics,self.learn.recorder.valid_metrics = True,False    # else the table holds None, which TensorBoard refuses
+
+    def before_train(self):
+        if self.aside or next(self.learn.model.parameters()).dtype!=torch.float64 or not hasattr(self.learn,'recorder'): return
+        self.recorder.smooth_loss.val = torch.as_tensor(self.recorder.smooth_loss.val).double()               # fastai's is float32 and refuses a float64 loss
 
     def after_fit(self):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf

@@ -95,7 +95,7 @@ def create_dino_model(
     stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return DINOModel(nn.Sequential(MultiCropWrapper(enc), DINOHead(nf, out_dim, **head)), stats=stats)
 
-# %% ../../nbs/31_vision.dino.ipynb #a74655ef
+# %% ../../nbs/31_vision.dino.ipynb #5cac988e
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -146,7 +146,9 @@ class DINO(TeacherStudent):
             self.n_seen += bs
         return loss
 
-    def before_train(self): self.sums,self.n_seen = torch.zeros(2, dtype=torch.double),0
+    def before_train(self):
+        super().before_train()
+        self.sums,self.n_seen = torch.zeros(2, dtype=torch.double),0
     def after_train(self):
         if not self.n_seen: return
         loss,entropy = (self.sums/self.n_seen).tolist()
