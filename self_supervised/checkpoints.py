@@ -15,7 +15,12 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #c479632e
+# %% ../nbs/07_checkpoints.ipynb #5ef3a435
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
 @contextmanager
 def atomic_path(
     file:str|Path # The file to write
@@ -27,6 +32,7 @@ def atomic_path(
     try:
         yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~_umask())                         # safetensors writes files that nobody else may read
         os.replace(tmp, file)
     finally: tmp.unlink(missing_ok=True)
 

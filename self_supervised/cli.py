@@ -56,10 +56,10 @@ def run_command(
         return 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #de59c0dc
+# %% ../nbs/50_cli.ipynb #1bb69ff7
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
-_opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: OptimWrapper(p, torch.optim.SGD, lr=lr, momentum=.9),
-              lars=lambda p,lr,**kw: OptimWrapper(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
+_opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
+              lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
 
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 

@@ -67,7 +67,7 @@ class RankMeMonitor(Monitor):
         if self.rows: self.number = rankme(torch.cat(self.rows)).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #3833fbe9
+# %% ../nbs/20_monitors.ipynb #359f5b49
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
     order,run_valid = MixedPrecision.order+9,False
@@ -80,6 +80,7 @@ class CollapseMonitor(Callback):
     def after_train(self):
         if hasattr(self.learn,'lr_finder') or not getattr(self.learn, 'view_stats', None): return
         sign = self.sign(**self.learn.view_stats)
+        if sign=='stuck' and self.pct_train<.15: sign = None     # the learning rate is still warming up
         self.seen = Counter({sign: self.seen[sign]+1})
         if sign=='nan' or sign and self.seen[sign]==self.patience:
             s = self.learn.view_stats
@@ -96,9 +97,9 @@ class CollapseMonitor(Callback):
     )->str|None: # Key of `advice`
         "What the numbers of an epoch are a sign of"
         if not math.isfinite(loss): return 'nan'
-        if entropy>.99*ln_k:        return 'uniform'
-        if entropy<.02*ln_k:        return 'point'
-        if abs(loss-ln_k)<.01*ln_k: return 'stuck'
+        if entropy>.98*ln_k or entropy>.9*ln_k and abs(loss-ln_k)<.01*ln_k: return 'uniform'
+        if entropy<.05*ln_k: return 'point'
+        if loss>.99*ln_k:    return 'stuck'
 
     advice = dict(
         nan="The loss is not a number, and training stops here; the last checkpoint is good. Try bf16 or fp32 instead of fp16, a lower lr, or a smaller clip.",
@@ -106,7 +107,7 @@ class CollapseMonitor(Callback):
                 "BatchNorm in the head (use_bn=True), fewer prototypes (out_dim), or a lower teacher momentum (tmom_start).",
         point="The teacher gives every image the same single prototype: the entropy of its targets is near 0 (collapse to one dimension). Check that the centre moves (cmom below 1, default .9). "
               "Try a higher teacher temperature (tpt_start, tpt_end: .04 to .07), a lower lr, or keep the last layer frozen for longer (freeze_last_layer).",
-        stuck="The loss stands at ln K: the student says the same of every image, though the teacher does not. Try a higher lr or a shorter warm-up if training is young, a lower lr if the loss "
+        stuck="The loss stands at ln K or above: the student has learned nothing yet, though the teacher tells images apart. Try a higher lr or a shorter warm-up if training is young, a lower lr if the loss "
               "fell before; BatchNorm in the head (use_bn=True); or fewer prototypes (out_dim).")
 
 # %% ../nbs/20_monitors.ipynb #fa705c10

@@ -69,12 +69,13 @@ def update_center(
     "Exponential moving average of the teacher's logits (Caron et al. 2021, eq. 4)"
     return cmom*center + (1-cmom)*batch_mean.to(center.dtype)
 
-# %% ../nbs/04_objectives.ipynb #3fa624b6
+# %% ../nbs/04_objectives.ipynb #bafc6e76
 def rankme(
     features:Tensor, # (n, d), n larger than d
     eps:float=1e-7 # Keeps the logarithm finite
 )->Tensor: # Scalar between 1 and min(n, d)
     "Effective rank of features (Garrido et al. 2023, eq. 1)"
+    if not features.isfinite().all(): return torch.tensor(math.nan)
     sv = torch.linalg.svdvals(_wide(features))
     p  = sv/sv.sum() + eps
     return torch.exp(-(p*p.log()).sum())

@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/40_plots.ipynb #e2cafe4e
+# %% ../nbs/40_plots.ipynb #b481d19b
 def history_df(
     src:Learner|str|Path # A learner that was fitted, or the file that `History` or `CSVLogger` wrote
 )->pd.DataFrame: # A row an epoch
@@ -24,20 +24,23 @@ def history_df(
 def plot_history(
     src:Learner|str|Path|pd.DataFrame, # What `history_df` takes, or what it gave
     ln_k:float|None=None, # Logarithm of the number of prototypes, to draw as the line of uniform collapse
-    axs:np.ndarray|None=None # Axes, one for loss, entropy and KL together and one for each other column
+    axs:np.ndarray|None=None # Axes, one for loss, entropy and KL together and one for each other number
 )->np.ndarray: # The Axes
     "Loss with its two parts, and the other numbers of a run, over the epochs"
     df = src if isinstance(src, pd.DataFrame) else history_df(src)
     parts  = [c for c in ('train_loss','teacher_entropy','kl') if c in df]
-    others = [c for c in df if c not in parts+['epoch','time','valid_loss'] and pd.api.types.is_numeric_dtype(df[c]) and df[c].notna().any()]
+    others = {}                                                  # the columns of each further picture: k-NN of teacher and student share one
+    for c in df:
+        if c not in parts+['epoch','time','valid_loss'] and pd.api.types.is_numeric_dtype(df[c]) and df[c].notna().any(): others.setdefault(c.split('_')[0], []).append(c)
     if axs is None: axs = plt.subplots(1, 1+len(others), figsize=(4.2*(1+len(others)),3), squeeze=False)[1][0]
     for c in parts: axs[0].plot(df.epoch+1, df[c], label=c.replace('_',' ').replace('kl','KL'))
     if ln_k is not None: axs[0].axhline(ln_k, color='grey', ls=':', label='ln K: uniform')
     axs[0].set(title='loss = teacher entropy + KL', xlabel='epoch')
     axs[0].legend()
-    for ax,c in zip(axs[1:], others):
-        ax.plot(df.epoch+1, df[c])
-        ax.set(title=dict(knn='k-NN top-1', rankme='RankMe').get(c, c.replace('_',' ')), xlabel='epoch')
+    for ax,(name,cols) in zip(axs[1:], others.items()):
+        for c in cols: ax.plot(df.epoch+1, df[c], label={'knn':'teacher','knn_student':'student'}.get(c, c))
+        ax.set(title=dict(knn='k-NN top-1', rankme='RankMe').get(name, cols[0].replace('_',' ')), xlabel='epoch')
+        if len(cols)>1: ax.legend()
     return axs
 
 # %% ../nbs/40_plots.ipynb #1cae7461

@@ -1,0 +1,39 @@
+# make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
+# make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
+# Both set up .venv first, from settings.ini.
+
+FITS   = import sys; sys.exit(sys.version_info < (3,11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
+BIN     = .venv/bin
+ONE     = OMP_NUM_THREADS=1
+.PHONY: demo test test-all docs clean
+
+.venv/core: settings.ini setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or say where it is with make PYTHON=/path/to/python"; exit 1; }
+	@echo "Setting up .venv (PyTorch is large: this takes minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: .venv/core
+	$(BIN)/dino_train --overwrite $(ARGS)
+
+test: .venv/dev
+	PYTHONWARNINGS=ignore $(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+test-all: test
+	PYTHONWARNINGS=ignore $(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow
+	$(BIN)/python -m pytest -q -m slow tests
+
+docs: .venv/dev
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,72 @@
+"The project holds together: notebooks and library agree, rooms look one way, README and metadata are in step"
+import ast, re, shutil, subprocess, sys, tomllib
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+bin_ = Path(sys.executable).parent
+nbs  = sorted((root/'nbs').glob('[0-9]*.ipynb'))
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "The notebooks and the library, exported and cleaned anew in another place"
+    d = tmp_path_factory.mktemp('copy')
+    for o in ('nbs','self_supervised'): shutil.copytree(root/o, d/o, ignore=shutil.ignore_patterns('__pycache__'))
+    for o in ('pyproject.toml','settings.ini','setup.py','README.md'): shutil.copy(root/o, d/o)
+    for cmd in ('nbdev-export','nbdev-clean'): subprocess.run([bin_/cmd], cwd=d, check=True, capture_output=True)
+    return d
+
+def tree(d, pattern): return {p.relative_to(d): p.read_bytes() for p in sorted(d.rglob(pattern)) if '__pycache__' not in p.parts}
+
+def test_export_changes_nothing(copy):
+    a,b = tree(root/'self_supervised','*.py'),tree(copy/'self_supervised','*.py')
+    assert a.keys()==b.keys()
+    assert [str(k) for k in a if a[k]!=b[k]]==[]
+
+def test_notebooks_are_clean(copy):
+    a,b = tree(root/'nbs','*.ipynb'),tree(copy/'nbs','*.ipynb')
+    assert [str(k) for k in a if a[k]!=b[k]]==[]
+
+def test_notebooks_keep_no_warnings_of_others():
+    assert [p.name for p in nbs if b'"stderr"' in p.read_bytes()]==[]
+
+def room(nb): return re.search(r'default_exp ([\w.]+)', nb.read_text()).group(1)
+
+def test_rooms_import_rooms_of_lower_numbers_only():
+    order = {room(p): int(re.match(r'\d+', p.name).group()) for p in nbs}
+    assert len(order)==len(nbs)
+    for mod,n in order.items():
+        for node in ast.walk(ast.parse((root/'self_supervised'/(mod.replace('.','/')+'.py')).read_text())):
+            for name in [node.module or ''] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []:
+                assert not getattr(node, 'level', 0), f'{mod}: relative import'
+                if name.split('.')[0]!='self_supervised': continue
+                assert order[name.removeprefix('self_supervised.')]<n, f'{mod} imports {name}'
+
+def test_every_notebook_is_a_page():
+    for p in nbs:
+        import json
+        cells = json.loads(p.read_text())['cells']
+        head = ''.join(cells[0]['source'])
+        assert re.match(rf'# {re.escape(room(p))}\n\n> \S', head), p.name
+
+def test_readme_is_the_index_notebook():
+    assert subprocess.run([sys.executable, root/'tools'/'readme.py', '--check']).returncode==0
+
+def test_pictures_of_the_readme_are_there():
+    links = re.findall(r'\]\(((?!http)[^)#]+)', (root/'README.md').read_text())
+    assert links and [l for l in links if not (root/l).exists()]==[]
+
+def test_all_has_every_public_name():
+    import self_supervised.all as everything
+    import importlib
+    for p in nbs:
+        if room(p)=='cli': continue
+        for name in importlib.import_module(f'self_supervised.{room(p)}').__all__: assert hasattr(everything, name), name
+
+def test_metadata_stands_once():
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(root/'settings.ini')
+    project = tomllib.loads((root/'pyproject.toml').read_text())['project']
+    assert project['name']==cfg['DEFAULT']['lib_name']=='self-supervised-dino'
+    assert {'version','dependencies','scripts','requires-python'}<=set(project['dynamic'])
