@@ -56,7 +56,7 @@ def run_command(
         return 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #1bb69ff7
+# %% ../nbs/50_cli.ipynb #85fea82d
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -69,11 +69,12 @@ def _check(out, resume, overwrite, **at_least):
     if (out/'checkpoint.pth').exists() and not (resume or overwrite):
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, --overwrite to start anew, or another --out")
 
-def _labelled(path, size, bs, num_workers):
+def _labelled(path, size, bs, num_workers, n_in):
     path = Path(path)
     test = first(('test','val','valid'), lambda o: (path/o).is_dir())
     if not (path/'train').is_dir() or not test: raise ValueError(f"{path} has no train/ and test/ (or val/) of class folders: --labels needs both")
-    return ImageDataLoaders.from_folder(path, train='train', valid=test, item_tfms=SquareCrop(size), bs=bs, num_workers=num_workers, seed=0)
+    return ImageDataLoaders.from_folder(path, train='train', valid=test, item_tfms=SquareCrop(size), bs=bs, num_workers=num_workers, seed=0,
+                                          img_cls=PILImage if n_in==3 else PILImageBW)
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -116,7 +117,7 @@ def dino_train(
     rot90:bool=False # Turn views by quarter turns, for images without an up
 ):
     "Pretrain a backbone with DINO (Caron et al. 2021), and leave a checkpoint, the encoder, the history and pictures in a folder"
-    args = {k:v for k,v in locals().items() if k not in ('out','resume','overwrite','num_workers')}
+    args = {k:v for k,v in locals().items() if k not in ('out','resume','overwrite','epochs','num_workers','labels','saveckp_freq')}
     demo = path is None
     if demo and labels: raise ValueError("--labels without --path: the digits have labels of their own; pass --path IMAGES")
     arch   = arch or ('convnet_mini' if demo else 'vit_small')
@@ -132,7 +133,7 @@ def dino_train(
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
     else:
         dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, open_fn=open_rgb if n_in==3 else open_gray)
-        labelled = _labelled(labels, size, bs, num_workers) if labels else None
+        labelled = _labelled(labels, size, bs, num_workers, n_in) if labels else None
     enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=drop_path_rate, **_given(patch_size=patch_size))
     sizes = crop_sizes_for(size, enc)
     views = _given(rot90=rot90 or None, min_scales=_pick(global_crops_scale, local_crops_scale, 0, (.5,.3) if demo else (.4,.05)),
@@ -169,7 +170,7 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #b23dc92f
+# %% ../nbs/50_cli.ipynb #99d502b2
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
@@ -180,16 +181,13 @@ def _save(axs, file):
     plt.close(fig)
 
 def _picture(learn, dls, out):
-    "Attention of a ViT's heads, or the nearest neighbours that a convnet finds"
-    if hasattr(encoder_of(learn), 'patch_embed') and hasattr(encoder_of(learn), 'num_prefix_tokens'):
-        s = crop_sizes_for(min(224, dls.train_ds[0][0].shape[-1]), encoder_of(learn))[0] if hasattr(dls.train_ds[0][0],'shape') else learn.dino.aug_pipelines.sizes[0]
-        x = plain_dl(dls.train).one_batch()[0][:6]
-        with torch.no_grad(): x = F.interpolate(x.as_subclass(Tensor).float(), (s,s), mode='bilinear', antialias=True)
-        return _save(show_attention(learn.model, x), out/'attention.png')
-    dl = plain_dl(dls[1] if len(dls[1]) else dls[0])
-    f,y = extract_features(learn, dl)
-    imgs = torch.cat([b[0].as_subclass(Tensor).cpu() for b in dl])
-    _save(show_neighbours(f, imgs, np.linspace(0, len(f)-1, 8, dtype=int).tolist(), labels=y), out/'neighbours.png')
+    "Attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
+    batches = [b[0].as_subclass(Tensor) for b in itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16)]
+    if hasattr(encoder_of(learn), 'num_prefix_tokens'):
+        s = learn.dino.aug_pipelines.sizes[0]
+        return _save(show_attention(learn, F.interpolate(batches[0][:6], (s,s), mode='bilinear', antialias=True)), out/'attention.png')
+    f,_ = extract_features(learn, batches)
+    _save(show_neighbours(f, torch.cat(batches).cpu(), np.linspace(0, len(f)-1, 8, dtype=int).tolist()), out/'neighbours.png')
 
 def _table(learn, untrained, dls, out):
     t = probe_table({'raw pixels': nn.Flatten(), 'the same network, untrained': untrained, 'DINO, teacher': (learn,'teacher'), 'DINO, student': (learn,'student')}, dls)

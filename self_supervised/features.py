@@ -64,16 +64,17 @@ def eval_mode(m:nn.Module):
     finally:
         for o,t in was.items(): o.training = t
 
-# %% ../nbs/06_features.ipynb #bac8b9b9
+# %% ../nbs/06_features.ipynb #c1d6e5f9
 def plain_dl(
     dl # A DataLoader
 ): # The same images in the order of the data set, to the last one, with the transforms of validation
     "A fastai DataLoader as evaluation wants it; any other as it is"
-    if not isinstance(dl, TfmdDL): return dl
+    if not isinstance(dl, DataLoader): return dl                 # fastai's class
     dl = dl.new(shuffle=False, drop_last=False)
-    def before_iter():
-        for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
-    dl.before_iter = before_iter
+    if isinstance(dl, TfmdDL):
+        def before_iter():
+            for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
+        dl.before_iter = before_iter
     return dl
 
 def extract_features(

@@ -4,6 +4,8 @@ def pytest_pycollect_makeitem(collector, name, obj):
 
 import pytest, torch
 
+torch.set_num_threads(1)                                         # the networks are tiny: more threads wait for each other
+
 @pytest.fixture
 def double():
     "float64 by default: fastai's smooth loss takes its type from there"

@@ -246,3 +246,28 @@ def test_the_readme_of_the_design_runs():
     model = DINOModel(student, teacher)
     assert isinstance(model.student[1], DINOHead)
     assert model.student(x_large+x_small).shape==(12,1024)
+
+TWO = """
+import sys; sys.path.insert(0, {tests!r})
+from helpers import *
+import torch.distributed as dist
+rank = int(os.environ['RANK'])
+dist.init_process_group('gloo', init_method='file://{store}', rank=rank, world_size=2)
+learn = Learner(row_dls(8, 4, seed=rank), mlp_model(), loss_func=noop, cbs=DINO(FixedViews(), tmom_start=1.))
+with quiet(learn): learn.fit(1, 0.)
+torch.save(learn.model.C, '{store}.%d' % rank)
+"""
+
+def test_the_centre_is_that_of_all_processes(tmp_path):
+    import subprocess, sys
+    code = TWO.format(tests=str(Path(__file__).parent), store=tmp_path/'store')
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'RANK':str(r), 'WORLD_SIZE':'2'}) for r in (0,1)]
+    assert [p.wait(120) for p in ps]==[0,0]
+    c0,c1 = (torch.load(f'{tmp_path}/store.{r}') for r in (0,1))
+    model,C = mlp_model(),torch.zeros(1,7)
+    for b in range(2):
+        x = [row_dls(8, 4, seed=r).train_ds.x[4*b:4*b+4] for r in (0,1)]
+        out = torch.cat([model.teacher([p(o) for p in FixedViews()[:2]]) for o in x])
+        C = .9*C + .1*out.mean(0, keepdim=True)
+    assert torch.equal(c0, c1)
+    torch.testing.assert_close(c0, C)

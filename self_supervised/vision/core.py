@@ -15,7 +15,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #cf0fe6f3
+# %% ../../nbs/30_vision.core.ipynb #19272013
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -71,9 +71,7 @@ class MultiView(Callback):
         **kwargs # For `show_views`
     ):
         "The views of a batch of training images, without touching the run"
-        with random_kept(self.dls):
-            dl = self.dls.train.new(drop_last=False)
-            return show_views(to_device(dl.one_batch(), self.dls.device)[0], self.aug_pipelines, n, **kwargs)
+        with random_kept(): return show_views(peek(self.dls, n, shuffle=True)[0], self.aug_pipelines, n, **kwargs)
 
 # %% ../../nbs/30_vision.core.ipynb #5f7680ba
 def split_forward(

@@ -160,7 +160,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #eca7d58b
+# %% ../../nbs/31_vision.dino.ipynb #500ed2ee
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -180,9 +180,6 @@ def crop_sizes_for(
     if not g: raise ValueError(f"images of {size} pixels are smaller than a patch of {unit}: pass larger images, or a model with smaller patches")
     return g,max(unit, round(g*96/224/unit)*unit)
 
-def _first_batch(dls):
-    with random_kept(dls): return dls.train.new(bs=1, shuffle=False, drop_last=False).one_batch() if isinstance(dls.train, TfmdDL) else first(dls.train)
-
 _auto = ('tmom_start','tpt_start','tpt_end','tpt_warmup_pct','freeze_last_layer','clip')
 
 def dino_learner(
@@ -196,8 +193,7 @@ def dino_learner(
 )->Learner: # With `learn.dino` and monitors
     "A learner that pretrains `arch` on the images of `dls`; what is not given follows `dino_defaults`"
     of    = lambda f: {k:kwargs.pop(k) for k in list(kwargs) if k in inspect.signature(f).parameters}
-    b     = _first_batch(dls)
-    x     = b[0] if isinstance(b, (tuple,list)) else b
+    x,*y  = peek(dls)
     n_in,size = x.shape[1],min(x.shape[-2:])
     d     = dino_defaults(len(dls.train_ds), find_bs_of(dls), 100)
     dino_kw,learn_kw = of(DINO.__init__),of(Learner.__init__)
@@ -211,7 +207,7 @@ def dino_learner(
     check_sizes(enc, getattr(aug_pipelines, 'sizes', []), n_in)
     dino = DINO(aug_pipelines, **dino_kw)
     dino.auto = tuple(k for k in _auto if k not in dino_kw)
-    labelled = isinstance(b, (tuple,list)) and len(b)>1 and len(dls.valid)>0 and len(dls.train_ds)<=20_000
+    labelled = y and len(dls.valid)>0 and len(dls.train_ds)<=20_000
     cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), KNNMonitor(dls) if labelled else None).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
