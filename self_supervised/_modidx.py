@@ -315,8 +315,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView._check_dls': ( 'vision.core.html#multiview._check_dls',
                                                                                                    'self_supervised/vision/core.py'),
-                                             'self_supervised.vision.core.MultiView.after_cancel_fit': ( 'vision.core.html#multiview.after_cancel_fit',
-                                                                                                         'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView.after_fit': ( 'vision.core.html#multiview.after_fit',
                                                                                                   'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView.aside': ( 'vision.core.html#multiview.aside',

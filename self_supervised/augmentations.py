@@ -92,7 +92,7 @@ def color_jitter(
             x[ids] = _jitters[op](x[ids], factors[sel,op].to(x.device, non_blocking=True))
     return x
 
-# %% ../nbs/01_augmentations.ipynb #bb385bf0
+# %% ../nbs/01_augmentations.ipynb #31a89029
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -121,7 +121,7 @@ class View:
         if not (0<min_scale<=max_scale<=1): raise ValueError(f"crop scales from {min_scale} to {max_scale}: pass 0 < min_scale <= max_scale <= 1")
 
     @property
-    def _group(self): return self.size,tuple(self.mean.tolist()),tuple(self.std.tolist())
+    def _group(self): return self.size,tuple(self.mean.tolist()),tuple(self.std.tolist()),tuple(self.blur_sigma)
 
     def draw(self,
         n:int, # Number of images
@@ -164,8 +164,8 @@ class View:
             ids = _where(d['gray'], dev)
             y[ids] = _gray(y[ids]).expand(-1,3,-1,-1)
         if d['blur'].any():
-            ids,sigma = _where(d['blur'], dev),d['sigma'][d['blur'],None]
-            y[ids] = kornia.filters.gaussian_blur2d(y[ids], 2*math.ceil(3*sigma.max())+1, sigma.expand(-1,2), border_type='replicate')
+            ids,sigma = _where(d['blur'], dev),d['sigma'][d['blur'],None].expand(-1,2)
+            y[ids] = kornia.filters.gaussian_blur2d(y[ids], 2*math.ceil(3*self.blur_sigma[1])+1, sigma, border_type='replicate')
         if d['solarize'].any():
             ids = _where(d['solarize'], dev)
             y[ids] = kornia.enhance.solarize(y[ids], .5)
@@ -202,7 +202,7 @@ def make_views(
             for i,v in zip(g, pipelines[g[0]].apply(x, d).chunk(len(g))): outs[i] = v
     return outs
 
-# %% ../nbs/01_augmentations.ipynb #519b00c2
+# %% ../nbs/01_augmentations.ipynb #146a3ad5
 class AugPipelines(list):
     "A list of callables, one a view, that can make all views of a batch together"
     @property
@@ -235,7 +235,8 @@ def get_dino_aug_pipelines(
     "The views of DINO (Caron et al. 2021, appendix). An option is one value, three (first global, second global, local), or one a view"
     n = sum(num_crops)
     if n_in!=3:
-        if 'stats' not in kwargs: raise ValueError(f"images of {n_in} channels need statistics of their own: pass stats=(means, deviations), {n_in} numbers each")
+        if 'stats' not in kwargs: raise ValueError(f"images of {n_in} channels need statistics of their own: pass stats=(means, deviations) to get_dino_aug_pipelines, "
+                                                   f"{n_in} numbers each; channel_stats(dls.train) measures them")
         kwargs = merge(dict(saturation=0., hue=0., gray_p=0.), kwargs)
     opts = {k: _per_view(k, v, num_crops[0], n) for k,v in merge(dict(blur_p=blur_p, solarize_p=solarize_p), kwargs).items()}
     kind = [i>=num_crops[0] for i in range(n)]

@@ -15,7 +15,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #19272013
+# %% ../../nbs/30_vision.core.ipynb #d1c89afa
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -42,13 +42,13 @@ class MultiView(Callback):
     def after_fit(self):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf
         self.learn.teacher_feats = None
-    def after_cancel_fit(self): self.after_fit()
 
     def _check_dls(self):
         for dl in self.dls:
             if dl_normalize(dl) is not None:
-                raise ValueError("the DataLoaders normalise their images, and the views do so as well: remove Normalize from the batch transforms, for instance with "
-                                 "dls = dls.new(after_batch=[IntToFloatTensor()]). A pretrained vision_learner adds one to the DataLoaders that it is given")
+                raise ValueError("the DataLoaders normalise their images, and the views do so as well: make them without Normalize, or take it out with "
+                                 "`for dl in dls: dl.after_batch.fs = dl.after_batch.fs.filter(lambda o: not isinstance(o, Normalize))`. "
+                                 "(A pretrained vision_learner adds one to the DataLoaders that it is given.)")
 
     def make_views(self,
         x:Tensor # Images (bs,C,H,W)

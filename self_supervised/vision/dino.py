@@ -29,9 +29,7 @@ _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', '
          'encoder_of', 'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls', 'digits_dls',
          'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision']
 
-# %% ../../nbs/31_vision.dino.ipynb #f2024ba2
-_norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-
+# %% ../../nbs/31_vision.dino.ipynb #4cd03ca0
 class DINOModel(Module):
     "Student, teacher and centre in one module, so that saving, loading and `lr_find` treat them as one"
     def __init__(self,
@@ -52,14 +50,17 @@ class DINOModel(Module):
 
     def set_stats(self, mean, std):
         "The statistics that images are normalised with, (C,) each"
-        for k,v in (('mean',mean),('std',std)): self.register_buffer(k, torch.as_tensor(v, dtype=torch.float32).detach().clone().to(self.C.device))
+        for k,v in (('mean',mean),('std',std)):
+            v,old = torch.as_tensor(v, dtype=torch.float32, device=self.C.device),getattr(self, k, None)
+            if old is not None and old.shape==v.shape: old.copy_(v)
+            else: self.register_buffer(k, v.detach().clone())
 
     def train(self, mode=True):
         "In training the teacher's norm layers use the batch, as in the reference, but it drops neither paths nor units"
         super().train(mode)
         self.teacher.eval()
         for m in self.teacher.modules():
-            if isinstance(m, _norms): m.train(mode)
+            if isinstance(m, nn.modules.batchnorm._NormBase): m.train(mode)
         return self
 
     def _load_from_state_dict(self, state, prefix, *args):
@@ -95,7 +96,7 @@ def create_dino_model(
     stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return DINOModel(nn.Sequential(MultiCropWrapper(enc), DINOHead(nf, out_dim, **head)), stats=stats)
 
-# %% ../../nbs/31_vision.dino.ipynb #5cac988e
+# %% ../../nbs/31_vision.dino.ipynb #68f60dc6
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -142,13 +143,13 @@ class DINO(TeacherStudent):
         loss = dino_loss(pred, teacher, self.nets.C, self.tps, self.tpt, self.large_crop_ids)
         if self.training:
             bs = find_bs(yb)
-            self.sums += torch.stack([loss.detach(), teacher_entropy(teacher, self.nets.C, self.tpt)]).double().cpu()*bs
+            self.sums = self.sums + bs*torch.stack([loss.detach(), teacher_entropy(teacher, self.nets.C, self.tpt)])     # on the device: no waiting for it
             self.n_seen += bs
         return loss
 
     def before_train(self):
         super().before_train()
-        self.sums,self.n_seen = torch.zeros(2, dtype=torch.double),0
+        self.sums,self.n_seen = 0.,0
     def after_train(self):
         if not self.n_seen: return
         loss,entropy = (self.sums/self.n_seen).tolist()
@@ -160,7 +161,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #500ed2ee
+# %% ../../nbs/31_vision.dino.ipynb #10f3f5c6
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -203,7 +204,7 @@ def dino_learner(
         if isinstance(arch, nn.Module): model_kw.setdefault('size', (getattr(aug_pipelines,'sizes',None) or [size])[0])
         model = create_dino_model(arch, ifnone(out_dim, d.out_dim), **model_kw)
     enc = encoder_of(model)
-    if aug_pipelines is None: aug_pipelines = get_dino_aug_pipelines(crop_sizes=crop_sizes_for(size, enc), n_in=n_in)
+    if aug_pipelines is None: aug_pipelines = get_dino_aug_pipelines(crop_sizes=crop_sizes_for(size, enc), n_in=n_in, **(dict(stats=(model.mean,model.std)) if n_in==3 else {}))
     check_sizes(enc, getattr(aug_pipelines, 'sizes', []), n_in)
     dino = DINO(aug_pipelines, **dino_kw)
     dino.auto = tuple(k for k in _auto if k not in dino_kw)

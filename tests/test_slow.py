@@ -1,0 +1,117 @@
+"What takes minutes: the figures of the demonstration, every family of backbones, and random input of all kinds"
+import io, pytest, subprocess, sys, warnings
+from fastai.vision.all import *
+from PIL import Image
+from self_supervised.all import *
+from self_supervised.cli import dino_train, run_command
+from helpers import *
+
+pytestmark = pytest.mark.slow
+
+def table_of(out):
+    t = pd.read_csv(out/'table.csv', index_col=0)
+    return t.map(lambda o: float(str(o).split(' ')[0]))
+
+def test_the_demonstration_reaches_its_figures(tmp_path):
+    tables = []
+    for seed in range(3):
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', '--seed', str(seed), '--out', tmp_path/str(seed)], check=True, stdout=subprocess.DEVNULL)
+        assert {o.name for o in (tmp_path/str(seed)).ls()} >= {'checkpoint.pth','encoder.safetensors','history.csv','history.png','views.png','neighbours.png','table.csv'}
+        tables.append(table_of(tmp_path/str(seed)).loc['DINO, teacher'])
+    mean = pd.concat(tables, axis=1).mean(axis=1)
+    assert mean['20-NN']>=92 and mean['linear']>=95.5 and mean['1 label a class']>=62, mean
+
+def test_a_tiny_vit_climbs(tmp_path):
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', '--arch', 'vit_mini_patch4_16', '--out', tmp_path], check=True, stdout=subprocess.DEVNULL)
+    t = table_of(tmp_path)
+    assert t.loc['DINO, teacher','20-NN']>=85>70>t.loc['the same network, untrained','20-NN'] and (tmp_path/'attention.png').exists()
+
+@pytest.mark.parametrize('arch', ['vit_tiny_patch16_224','deit_tiny_patch16_224','deit_tiny_distilled_patch16_224','vit_small_r26_s32_224','convnext_atto','swin_tiny_patch4_window7_224','resnet18',
+                                  'efficientnet_b0','xcit_nano_12_p16_224','mobilenetv3_small_100','regnety_002','densenet121','pvt_v2_b0','vgg11'])
+def test_every_family_takes_views_of_two_sizes(arch):
+    m = create_dino_model(arch, 32, hidden_dim=16, bottleneck_dim=8)
+    x = [torch.randn(2,3,224,224)]*2+[torch.randn(2,3,96,96)]
+    out = m.student(x)
+    assert out.shape==(6,32)
+    out.mean().backward()
+    with torch.no_grad(): assert m.eval().teacher(x[:2]).isfinite().all()
+
+@pytest.mark.parametrize('arch', ['beit_base_patch16_224','cait_xxs24_224','mixer_s16_224','hiera_tiny_224'])
+def test_models_of_one_size_say_so(arch):
+    enc = create_encoder(arch)
+    with pytest.raises(ValueError, match='crop_sizes=\\(224,224\\)'): check_sizes(enc, (224,96))
+    check_sizes(enc, (224,224))
+
+def test_random_crops_are_interpolations():
+    rng = np.random.RandomState(0)
+    for _ in range(300):
+        h,w,n,c,s = rng.randint(1,90),rng.randint(1,90),rng.randint(1,4),rng.randint(1,5),rng.randint(1,70)
+        x = torch.rand(n,c,h,w)
+        bx = random_boxes(2*n, h, w, (.05,1.), (rng.uniform(.2,1), rng.uniform(1,5)))
+        assert (bx[:,:2]>=0).all() and (bx[:,2:]>=1).all() and (bx[:,0]+bx[:,2]<=h).all() and (bx[:,1]+bx[:,3]<=w).all()
+        got = crop_resize(x, bx, s)
+        for i,(t,l,bh,bw) in enumerate(bx.int().tolist()):
+            want = F.interpolate(x[i%n:i%n+1,:,t:t+bh,l:l+bw], (s,s), mode='bicubic', antialias=True)[0].clamp(0,1)
+            assert (got[i]-want).abs().max()<1e-4, (h,w,s,(t,l,bh,bw))
+
+def test_random_options_give_finite_views():
+    rng = np.random.RandomState(1)
+    for _ in range(60):
+        c = rng.choice([1,3,4])
+        kw = dict(flip_p=rng.rand(), jitter_p=rng.rand(), blur_p=rng.rand(), solarize_p=rng.rand(), rotate_deg=rng.choice([0.,15.]), rot90=bool(rng.rand()<.5), brightness=rng.rand(), contrast=rng.rand())
+        if c==3: kw |= dict(gray_p=rng.rand(), hue=rng.rand()*.5, saturation=rng.rand())
+        else: kw |= dict(n_in=int(c), stats=([.4]*c,[.2]*c))
+        lo = rng.uniform(.01,.5)
+        pipes = get_dino_aug_pipelines((2,rng.randint(0,4)), (int(rng.randint(2,40)),int(rng.randint(2,20))), (lo,lo), (1.,rng.uniform(lo,1)), **kw)
+        x = torch.randint(0, 256, (rng.randint(1,5),c,rng.randint(4,60),rng.randint(4,60)), dtype=torch.uint8)
+        s = random_state()
+        views = pipes.views(x)
+        set_random_state(s)
+        for v,p,q in zip(views, pipes, [p(x) for p in pipes]):
+            assert v.shape==(len(x),c,p.size,p.size) and v.isfinite().all() and (v-q).abs().max()<1e-4
+
+def test_random_losses_are_the_plain_ones():
+    rng = np.random.RandomState(2)
+    for _ in range(300):
+        n_crops,bs,K = rng.randint(2,9),rng.randint(1,6),rng.randint(1,12)
+        ids = rng.permutation(n_crops)[:rng.randint(1,n_crops+1)].tolist()
+        s,t,c = torch.randn(n_crops*bs,K).double()*3,torch.randn(len(ids)*bs,K).double()*3,torch.randn(1,K).double()
+        tps,tpt = rng.uniform(.05,1),rng.uniform(.02,1)
+        q,lp = torch.softmax((t-c)/tpt,-1).chunk(len(ids)),torch.log_softmax(s/tps,-1).chunk(n_crops)
+        pairs = [-(q[i]*lp[v]).sum(-1).mean() for i in range(len(ids)) for v in range(n_crops) if v!=ids[i]]
+        torch.testing.assert_close(dino_loss(s,t,c,tps,tpt,ids), sum(pairs)/len(pairs), rtol=1e-10, atol=1e-12)
+        h = teacher_entropy(t,c,tpt)
+        assert -1e-9<=h<=math.log(K)+1e-9 and kl(s,t,c,tps=tps,tpt=tpt,large_crop_ids=ids)>=-1e-9
+
+def test_random_files_are_read_or_named(tmp_path):
+    rng,good = np.random.RandomState(3),0
+    for i in range(120):
+        mode,fmt = [('RGB','JPEG'),('RGB','PNG'),('L','PNG'),('LA','PNG'),('RGBA','PNG'),('P','PNG'),('1','PNG'),('I;16','PNG'),('CMYK','JPEG'),('RGB','WEBP'),('RGB','BMP'),('P','GIF'),('L','TIFF')][rng.randint(13)]
+        h,w = rng.randint(1,60,2)
+        a = rng.randint(0,256,(h,w,3),dtype=np.uint8)
+        im = Image.fromarray((a[...,0].astype(np.uint16)*200)) if mode=='I;16' else Image.fromarray(a).convert('RGBA' if mode=='LA' else mode)
+        if mode=='LA': im = im.convert('LA')
+        b = io.BytesIO(); im.save(b, fmt)
+        b = b.getvalue()
+        if rng.rand()<.3: b = b[:rng.randint(0,len(b))]
+        (tmp_path/f'{i:03d}.{fmt.lower()}').write_bytes(b)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        dls = unlabelled_dls(tmp_path, size=24, bs=20, num_workers=2, seed=0)
+        for _ in range(2):
+            for x, in dls.train: assert x.shape==(20,3,24,24) and x.isfinite().all() and 0<=x.min() and x.max()<=1
+    named = [str(o.message) for o in w if 'could not read' in str(o.message)]
+    assert len(named)==len(set(named))>5
+
+def test_random_arguments_never_give_a_traceback(tmp_path, capfd):
+    rng = np.random.RandomState(4)
+    opts = ['--path','--out','--arch','--epochs','--batch-size-per-gpu','--size','--lr','--optimizer','--precision','--local-crops-number','--global-crops-scale','--teacher-temp','--clip-grad',
+            '--labels','--n-in','--patch-size','--out-dim','--nonsense','--resume']
+    vals = ['-1','0','abc','1e9','nan','', str(tmp_path), '.5','3']
+    for _ in range(150):
+        args = ['--out', str(tmp_path/'x'), '--path', str(tmp_path)]                     # no images there: nothing starts
+        for _ in range(rng.randint(1,4)): args += [opts[rng.randint(len(opts))]] + [vals[rng.randint(len(vals))] for _ in range(rng.randint(0,2))]
+        if '--path' in args[4:]: continue
+        assert run_command(dino_train, args)==2, args
+        out,err = capfd.readouterr()
+        assert len(err.strip().splitlines())==1 and err.startswith('dino_train: '), (args, err)
