@@ -23,15 +23,17 @@ demo: .venv/core
 	$(BIN)/dino_train --overwrite $(ARGS)
 
 test: .venv/dev
-	PYTHONWARNINGS=ignore $(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
+	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
 test-all: test
-	PYTHONWARNINGS=ignore $(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow
+	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow
 	$(BIN)/python -m pytest -q -m slow tests
 
+# exports the library, writes the notebooks' outputs anew, and README.md
 docs: .venv/dev
 	$(BIN)/nbdev-export
+	PYTHONWARNINGS=ignore::FutureWarning,ignore::RuntimeWarning,ignore:Overwriting $(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --save
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
 

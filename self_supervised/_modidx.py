@@ -325,6 +325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView.before_train': ( 'vision.core.html#multiview.before_train',
                                                                                                      'self_supervised/vision/core.py'),
+                                             'self_supervised.vision.core.MultiView.before_validate': ( 'vision.core.html#multiview.before_validate',
+                                                                                                        'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView.make_views': ( 'vision.core.html#multiview.make_views',
                                                                                                    'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView.show': ( 'vision.core.html#multiview.show',

@@ -170,7 +170,7 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #99d502b2
+# %% ../nbs/50_cli.ipynb #33811b94
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
@@ -182,12 +182,13 @@ def _save(axs, file):
 
 def _picture(learn, dls, out):
     "Attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
-    batches = [b[0].as_subclass(Tensor) for b in itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16)]
+    batches = list(itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16))
+    x = torch.cat([b[0].as_subclass(Tensor) for b in batches])
     if hasattr(encoder_of(learn), 'num_prefix_tokens'):
         s = learn.dino.aug_pipelines.sizes[0]
-        return _save(show_attention(learn, F.interpolate(batches[0][:6], (s,s), mode='bilinear', antialias=True)), out/'attention.png')
-    f,_ = extract_features(learn, batches)
-    _save(show_neighbours(f, torch.cat(batches).cpu(), np.linspace(0, len(f)-1, 8, dtype=int).tolist()), out/'neighbours.png')
+        return _save(show_attention(learn, F.interpolate(x[:6], (s,s), mode='bilinear', antialias=True)), out/'attention.png')
+    f,y = extract_features(learn, batches)
+    _save(show_neighbours(f, x.cpu(), np.linspace(0, len(f)-1, 8, dtype=int).tolist(), labels=y), out/'neighbours.png')
 
 def _table(learn, untrained, dls, out):
     t = probe_table({'raw pixels': nn.Flatten(), 'the same network, untrained': untrained, 'DINO, teacher': (learn,'teacher'), 'DINO, student': (learn,'student')}, dls)

@@ -15,7 +15,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #d1c89afa
+# %% ../../nbs/30_vision.core.ipynb #5e5bbf38
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -38,6 +38,9 @@ class MultiView(Callback):
     def before_train(self):
         if self.aside or next(self.learn.model.parameters()).dtype!=torch.float64 or not hasattr(self.learn,'recorder'): return
         self.recorder.smooth_loss.val = torch.as_tensor(self.recorder.smooth_loss.val).double()               # fastai's is float32 and refuses a float64 loss
+
+    def before_validate(self):
+        if not self.aside and len(self.learn.dl)==0: raise CancelValidException()      # the progress bar would warn of it
 
     def after_fit(self):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf
