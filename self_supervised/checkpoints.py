@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #5ef3a435
+# %% ../nbs/07_checkpoints.ipynb #566b4d95
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -37,6 +37,8 @@ def atomic_path(
         os.replace(tmp, file)
     finally: tmp.unlink(missing_ok=True)
 
+def _rounded(t): return [round(o, 6) for o in t.tolist()]
+
 def export_encoder(
     learn_or_model:Learner|nn.Module, # What `encoder_of` takes
     file:str|Path, # File to write, .safetensors
@@ -45,14 +47,16 @@ def export_encoder(
 )->Path: # `file`
     "Write the encoder's weights with timm's names, and its arguments and statistics as metadata"
     enc,stats,file = encoder_of(learn_or_model, who),norm_stats(learn_or_model),Path(file)
+    if file.suffix!='.safetensors': raise ValueError(f"{file}: pass a name that ends in .safetensors, from which timm tells the format")
     args = getattr(enc, 'timm_args', None)
     meta = dict(args=args, img_size=nested_attr(enc, 'patch_embed.img_size'), n_in=(args or {}).get('in_chans'),
-                mean=stats and stats[0].tolist(), std=stats and stats[1].tolist())
+                mean=stats and _rounded(stats[0]), std=stats and _rounded(stats[1]))
     meta = {'arch': (args or {}).get('model_name', type(enc).__name__)} | {k:json.dumps(v) for k,v in meta.items() if v is not None}
     with atomic_path(file) as tmp: save_file({k:v.detach().cpu().contiguous().clone() for k,v in enc.state_dict().items()}, tmp, meta)
     if verbose:
         call = ', '.join([repr(args['model_name'])] + [f'{k}={v!r}' for k,v in args.items() if k!='model_name']) if args else None
-        print(f"timm.create_model({call}, checkpoint_path='{file}')" if args else f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
+        norm = f", pretrained_cfg_overlay=dict(mean={tuple(_rounded(stats[0]))}, std={tuple(_rounded(stats[1]))})" if stats else ''
+        print(f"timm.create_model({call}, checkpoint_path='{file}'{norm})" if args else f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
     return file
 
 def load_encoder(
@@ -111,12 +115,13 @@ def peek(
         b = dl.new(bs=min(n,dl.n), shuffle=shuffle, drop_last=False).one_batch() if isinstance(dl, DataLoader) else first(dl)
         return tuple(to_device(b if isinstance(b, (tuple,list)) else (b,), getattr(dls,'device',None)))
 
-# %% ../nbs/07_checkpoints.ipynb #07911d1d
+# %% ../nbs/07_checkpoints.ipynb #b6159470
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
     if isinstance(o, (list,L)): return [_plain(v) for v in o]
     if isinstance(o, tuple): return tuple(_plain(v) for v in o)
+    if isinstance(o, Path): return str(o)
     return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, TensorBase) else o
 
 class RunCheckpoint(Callback):
@@ -135,20 +140,20 @@ class RunCheckpoint(Callback):
     def file(self): return self.folder/'checkpoint.pth'
 
     def before_fit(self):
-        self.first_epoch,self.state = 0,None
-        if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): self.run = False
-        elif self.resume and self.file.exists(): self._load()
+        self.first_epoch,self.state,self.trained = 0,None,False
+        if self.resume and self.file.exists() and not (hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')): self._load()
 
     def _load(self):
         try: state = torch.load(self.file, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"{self.file} is no checkpoint of a run ({str(e).splitlines()[0]}): delete it, or start without resuming") from e
+        except Exception as e: raise ValueError(f"{self.file} is no checkpoint of a run that can be read ({str(e).splitlines()[0]}): start without resuming, in another folder") from e
         changed = {k:(v,self.run_args.get(k)) for k,v in state['args'].items() if self.run_args.get(k)!=v} if self.run_args else {}
         if changed: raise ValueError(f"{self.folder} was run with other settings, then and now: {changed}: pass the same, or another folder")
         if state['epoch']>self.n_epoch: raise ValueError(f"{self.file} has {state['epoch']} epochs behind it, more than the {self.n_epoch} asked for: ask for more epochs")
         get_model(self.model).load_state_dict(state['model'])
-        self.opt.load_state_dict(state['opt'])
+        dev = next(self.model.parameters()).device
+        self.opt.load_state_dict(to_device(state['opt'], dev) if isinstance(self.opt, Optimizer) else state['opt'])      # PyTorch's moves it itself
         if state['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(state['scaler'])
-        self.first_epoch,self.state = state['epoch'],state
+        self.first_epoch,self.state,self.resume = state['epoch'],state,False
 
     def before_epoch(self):
         if self.epoch<self.first_epoch: raise CancelEpochException()
@@ -159,8 +164,10 @@ class RunCheckpoint(Callback):
         self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = self.state['smooth_loss']
         self.state = None
 
+    def after_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
     def after_epoch(self):
-        if self.epoch<self.first_epoch or rank_distrib(): return
+        if not self.trained or rank_distrib(): return            # skipped epochs, validate(), lr_find
+        self.trained = False
         self.folder.mkdir(parents=True, exist_ok=True)
         scaler,smooth = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss
         state = _plain(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epoch=self.epoch+1, args=self.run_args,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'attention_maps']
+           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'patch_size', 'attention_maps']
 
 # %% ../nbs/02_encoders.ipynb #c9b45f7e
 from fastai.vision.all import *
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import timm
 from timm.models import register_model
 
-# %% ../nbs/02_encoders.ipynb #49b87205
+# %% ../nbs/02_encoders.ipynb #61c5c165
 def create_encoder(
     arch:str|nn.Module, # A name that `timm.create_model` knows, or a module that turns images into (bs, features)
     pretrained:bool=False, # Start from timm's released weights?
@@ -32,7 +32,7 @@ def create_encoder(
             break
         except TypeError as e:
             unknown = [o for o in opts if f"'{o}'" in str(e) and o not in kwargs]
-            if not unknown: raise
+            if not unknown: raise (ValueError(f"{arch} cannot be built with {kwargs}: {e}") if 'unexpected keyword' in str(e) else e) from e
             opts.pop(unknown[0])
     m.timm_args = {k:v for k,v in merge(dict(model_name=arch, num_classes=0, in_chans=n_in), opts, kwargs).items() if k!='drop_path_rate'}
     return m
@@ -59,7 +59,7 @@ def vit_base(patch_size:int=16, drop_path_rate:float=0., **kw)->nn.Module:
     "ViT-B (Dosovitskiy et al. 2021): 768 features, 12 heads, 12 blocks; see `deit_tiny`"
     return _deit('vit_base_patch16_224', patch_size, drop_path_rate, **kw)
 
-# %% ../nbs/02_encoders.ipynb #cc4ee5e7
+# %% ../nbs/02_encoders.ipynb #9804fc27
 class MiniConvNet(nn.Sequential):
     "Three 3x3 convolutions of stride 1, 2 and 2 with BatchNorm, and average pooling"
     def __init__(self,
@@ -71,16 +71,19 @@ class MiniConvNet(nn.Sequential):
         self.num_features = nf[-1]
 
 def _own(kwargs): return {k:v for k,v in kwargs.items() if not k.startswith(('pretrained','cache'))}      # timm passes these to all
+def _with_cfg(m, kwargs):
+    m.pretrained_cfg = dict(kwargs.get('pretrained_cfg_overlay') or {})
+    return m
 
 @register_model
 def convnet_mini(pretrained=False, in_chans=3, num_classes=0, **kwargs)->nn.Module:
     "`MiniConvNet` by its timm name: 93 thousand parameters, 128 features"
-    return MiniConvNet(in_chans, **_own(kwargs))
+    return _with_cfg(MiniConvNet(in_chans, **_own(kwargs)), kwargs)
 
 @register_model
 def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     "A ViT of patch 4 and 64 features, 3 blocks and 4 heads for images of 16 pixels and more: 150 thousand parameters"
-    return timm.models.VisionTransformer(**merge(dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4), _own(kwargs)))
+    return _with_cfg(timm.models.VisionTransformer(**merge(dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4), _own(kwargs))), kwargs)
 
 # %% ../nbs/02_encoders.ipynb #f72a7cca
 class MultiCropWrapper(Module):
@@ -106,10 +109,10 @@ class MultiCropWrapper(Module):
             raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
         return out
 
-# %% ../nbs/02_encoders.ipynb #0224302b
+# %% ../nbs/02_encoders.ipynb #6b19ec2b
 def check_sizes(
     encoder:nn.Module, # Images in, (bs, features) out
-    sizes:list, # Sides of the views, in pixels
+    sizes:list, # Sides of the views, in pixels, or (height, width)
     n_in:int=3 # Channels of the images
 )->int: # Number of features
     "Forward one image of each size; raise a `ValueError` that says what to do where the encoder does not take one"
@@ -117,12 +120,13 @@ def check_sizes(
     encoder.eval()
     try:
         for s in dict.fromkeys(sizes):
-            with torch.no_grad(): out = MultiCropWrapper(encoder)(torch.zeros(2, n_in, s, s, device=p.device, dtype=p.dtype))
+            h,w = s if isinstance(s, tuple) else (s,s)
+            with torch.no_grad(): out = MultiCropWrapper(encoder)(torch.zeros(2, n_in, h, w, device=p.device, dtype=p.dtype))
     except (AssertionError, RuntimeError) as e:
         cfg  = getattr(encoder, 'pretrained_cfg', {})
         name = cfg.get('architecture', type(encoder).__name__)
         own  = cfg.get('input_size', (3,224,224))[-1]
-        raise ValueError(f"{name} cannot take views of {s} pixels with {n_in} channels ({str(e).splitlines()[0]}). If it takes one size only, give all views that size: "
+        raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({str(e).splitlines()[0]}). If it takes one size only, give all views that size: "
                          f"get_dino_aug_pipelines(crop_sizes=({own},{own})); or choose a backbone for all sizes, such as vit_*, deit_*, swin_*, convnext_*, "
                          "resnet* or efficientnet_*; sizes must be multiples of a patch") from e
     finally: encoder.train(was)
@@ -140,7 +144,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #de881f6f
+# %% ../nbs/02_encoders.ipynb #88088280
 @contextmanager
 def _plain_attention(attn):
     was = attn.fused_attn
@@ -165,6 +169,15 @@ def last_attention(
         encoder.train(was)
     return maps[0]
 
+def patch_size(
+    encoder:nn.Module # Any encoder
+)->tuple|None: # Pixels of the image to a token, (height, width); None where it has no patches
+    "Sides of a patch; of a hybrid, those that its convolutions make of it"
+    pe = getattr(encoder, 'patch_embed', None)
+    if hasattr(pe, 'feat_ratio'): return tuple(pe.feat_ratio(as_scalar=False))
+    p = getattr(pe, 'patch_size', None)
+    return (p,p) if isinstance(p, int) else tuple(p) if p is not None else None
+
 def attention_maps(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor # Images (bs,C,H,W), normalised; H and W multiples of the patch size
@@ -172,5 +185,5 @@ def attention_maps(
     "What the class token attends to in the last block (Caron et al. 2021, fig. 1)"
     encoder = encoder_of(encoder)
     attn = last_attention(encoder, x)[:,:,0,encoder.num_prefix_tokens:]
-    ph,pw = encoder.patch_embed.patch_size
+    ph,pw = patch_size(encoder)
     return attn.unflatten(-1, (x.shape[-2]//ph, x.shape[-1]//pw))

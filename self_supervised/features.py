@@ -12,15 +12,17 @@ from itertools import chain
 from fastprogress.fastprogress import progress_bar
 from .encoders import *
 
-# %% ../nbs/06_features.ipynb #8f70dd24
+# %% ../nbs/06_features.ipynb #56142ff9
 def norm_stats(
     x:Learner|nn.Module # What `encoder_of` takes
 )->tuple|None: # Mean and deviation, (C,) each; None where the model does not say
     "The statistics that a model was trained with: its own `mean` and `std`, or timm's `pretrained_cfg`"
     m = get_model(x.model if isinstance(x, Learner) else x)
     if isinstance(getattr(m, 'mean', None), Tensor) and isinstance(getattr(m, 'std', None), Tensor): return m.mean,m.std
-    cfg = getattr(encoder_of(m), 'pretrained_cfg', None) or {}
-    return (torch.tensor(cfg['mean']),torch.tensor(cfg['std'])) if 'mean' in cfg else None
+    enc = encoder_of(m)
+    cfg = getattr(enc, 'pretrained_cfg', None) or {}
+    fits = 'mean' in cfg and len(cfg['mean'])==getattr(enc, 'timm_args', {}).get('in_chans', len(cfg['mean']))         # timm's are for colour images
+    return (torch.tensor(cfg['mean']),torch.tensor(cfg['std'])) if fits else None
 
 def dl_normalize(
     dl # A DataLoader
@@ -37,7 +39,7 @@ class _Renorm:
         if self.stats is None: return x
         if self.norm is not None: x = x*self.norm.std.to(x.device)[0] + self.norm.mean.to(x.device)[0]
         mean,std = (o.to(x.device, x.dtype)[:,None,None] for o in self.stats)
-        if len(mean)!=x.shape[1]: raise ValueError(f"images of {x.shape[1]} channels for a model with statistics of {len(mean)}")
+        if len(mean)!=x.shape[1]: raise ValueError(f"images of {x.shape[1]} channels for a model with statistics of {len(mean)}: pass stats=(means, deviations)")
         return (x-mean)/std
 
 # %% ../nbs/06_features.ipynb #52269b2e
@@ -64,7 +66,7 @@ def eval_mode(m:nn.Module):
     finally:
         for o,t in was.items(): o.training = t
 
-# %% ../nbs/06_features.ipynb #c1d6e5f9
+# %% ../nbs/06_features.ipynb #c0cd8e3f
 def plain_dl(
     dl # A DataLoader
 ): # The same images in the order of the data set, to the last one, with the transforms of validation
@@ -83,13 +85,14 @@ def extract_features(
     n_blocks:int=1, # Class tokens of this many last blocks, for a timm vision transformer
     avgpool:bool=False, # Add the mean of the last block's patch tokens?
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
     progress:bool=False # Show a progress bar?
 )->tuple: # Features (n, d) and targets (n,), on the CPU; targets None where the batches have none
     "Features of all images of a DataLoader, normalised as the model was trained"
     enc = encoder_of(model, who)
     dev = next(chain(enc.parameters(), enc.buffers()), torch.zeros(1)).device
     dl  = plain_dl(dl)
-    renorm,feats,targs = _Renorm(norm_stats(model), dl),[],[]
+    renorm,feats,targs = _Renorm(stats and tuple(map(torch.as_tensor, stats)) or norm_stats(model), dl),[],[]
     with torch.no_grad(), eval_mode(enc):
         for b in progress_bar(dl, leave=False) if progress else dl:
             x,*y = b if isinstance(b, (tuple,list)) else (b,)

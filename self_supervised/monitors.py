@@ -14,7 +14,7 @@ from .features import *
 from .objectives import *
 from .evaluation.knn import *
 
-# %% ../nbs/20_monitors.ipynb #f3e902af
+# %% ../nbs/20_monitors.ipynb #064b165c
 def set_metrics(
     learn:Learner, # The learner whose table they are to be in
     **funcs:Callable # Name of a column, and a function that gives its value
@@ -25,13 +25,14 @@ def set_metrics(
 class Monitor(Callback):
     "Reckons a number after each epoch of training, for the recorder to show"
     order,run_valid,column = MixedPrecision.order+8,False,None   # behind the method (+2), before Recorder (50)
+    @property
+    def aside(self): return hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds')
     def before_fit(self):
-        self.run,self.number = not (hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds')),None
-        if self.run: set_metrics(self.learn, **{self.column: self.value})
+        self.number = math.nan                                   # not None, which TensorBoard refuses
+        if not self.aside: set_metrics(self.learn, **{self.column: self.value})
     def value(self): return self.number
-    def after_fit(self): self.run = True
 
-# %% ../nbs/20_monitors.ipynb #5f2e4cb4
+# %% ../nbs/20_monitors.ipynb #1b7d186e
 class KNNMonitor(Monitor):
     "Top-1 accuracy of the k-NN classifier, of the teacher or the student, after every `every` epochs"
     def __init__(self,
@@ -46,11 +47,17 @@ class KNNMonitor(Monitor):
     @property
     def name(self): return f'{self.column}_monitor'
 
+    def before_fit(self):
+        super().before_fit()
+        n = len(self.labelled[0].dataset) if hasattr(self.labelled[0],'dataset') else self.k
+        if n<self.k: raise ValueError(f"{n} labelled images but k={self.k}: pass KNNMonitor(dls, k={n}) or less")
+
     def after_train(self):
-        if (self.epoch+1)%self.every and self.epoch+1!=self.n_epoch: return
+        self.number = math.nan
+        if self.aside or (self.epoch+1)%self.every and self.epoch+1!=self.n_epoch: return
         with random_kept(): self.number = knn_accuracy(self.learn, self.labelled, self.k, self.T, who=self.who)
 
-# %% ../nbs/20_monitors.ipynb #ed3b5b67
+# %% ../nbs/20_monitors.ipynb #e2e5f8e8
 class RankMeMonitor(Monitor):
     "Effective rank of the teacher's features of the last images of the epoch"
     column = 'rankme'
@@ -60,14 +67,14 @@ class RankMeMonitor(Monitor):
     def before_train(self): self.rows = []
     def after_batch(self):
         f = getattr(self.learn, 'teacher_feats', None)
-        if f is None: return
+        if f is None or self.aside: return
         self.rows.append(f[:find_bs(self.learn.yb)])             # one view of each image
         while sum(map(len, self.rows[1:]))>=self.n_images: self.rows.pop(0)
     def after_train(self):
         if self.rows: self.number = rankme(torch.cat(self.rows)).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #359f5b49
+# %% ../nbs/20_monitors.ipynb #18526ebf
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
     order,run_valid = MixedPrecision.order+9,False
@@ -77,16 +84,24 @@ class CollapseMonitor(Callback):
 
     def before_fit(self): self.seen,self.messages = Counter(),[]
 
+    def after_batch(self):
+        if self.train_iter%50==0 and not hasattr(self.learn,'lr_finder') and not math.isfinite(self.learn.loss): self.stop(f"epoch {self.epoch}")
+
+    def stop(self, where):
+        self.messages.append(f"{where}: {self.advice['nan']}")
+        warnings.warn(self.messages[-1])
+        raise CancelFitException()
+
     def after_train(self):
         if hasattr(self.learn,'lr_finder') or not getattr(self.learn, 'view_stats', None): return
         sign = self.sign(**self.learn.view_stats)
+        if sign=='nan': self.stop(f"epoch {self.epoch}")
         if sign=='stuck' and self.pct_train<.15: sign = None     # the learning rate is still warming up
         self.seen = Counter({sign: self.seen[sign]+1})
-        if sign=='nan' or sign and self.seen[sign]==self.patience:
+        if sign and self.seen[sign]==self.patience:
             s = self.learn.view_stats
             self.messages.append(f"epoch {self.epoch}: loss {s['loss']:.4f}, teacher entropy {s['entropy']:.4f}, ln K {s['ln_k']:.4f}. {self.advice[sign]}")
             warnings.warn(self.messages[-1])
-        if sign=='nan': raise CancelFitException()
 
     @staticmethod
     def sign(
@@ -110,7 +125,7 @@ class CollapseMonitor(Callback):
         stuck="The loss stands at ln K or above: the student has learned nothing yet, though the teacher tells images apart. Try a higher lr or a shorter warm-up if training is young, a lower lr if the loss "
               "fell before; BatchNorm in the head (use_bn=True); or fewer prototypes (out_dim).")
 
-# %% ../nbs/20_monitors.ipynb #fa705c10
+# %% ../nbs/20_monitors.ipynb #5a06a743
 class History(CSVLogger):
     "A `CSVLogger` for runs that are resumed: keeps the epochs that are done"
     order = RunCheckpoint.order+1                                # which says where the run goes on
@@ -120,9 +135,10 @@ class History(CSVLogger):
     ):
         super().__init__(Path(file).absolute(), append=resume)
 
+    @property
+    def aside(self): return hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds')
     def before_fit(self):
-        if hasattr(self.learn,'lr_finder'): self.run = False
-        if hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds'): return
+        if self.aside: return
         self.fname.parent.mkdir(parents=True, exist_ok=True)
         old = self.fname.read_text().splitlines()[1:] if self.append and self.fname.exists() else []
         first_epoch = getattr(getattr(self.learn,'run_checkpoint',None), 'first_epoch', 0)
@@ -131,6 +147,7 @@ class History(CSVLogger):
         self.old_logger,self.learn.logger = self.logger,self._write_line
 
     def after_fit(self):
+        if self.aside: return
         ours = self.learn.logger==self._write_line               # the progress bar may have put back the first logger already
         was  = self.learn.logger
         super().after_fit()

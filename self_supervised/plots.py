@@ -10,16 +10,15 @@ from fastai.vision.all import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/40_plots.ipynb #b481d19b
+# %% ../nbs/40_plots.ipynb #2dc407b1
 def history_df(
     src:Learner|str|Path # A learner that was fitted, or the file that `History` or `CSVLogger` wrote
 )->pd.DataFrame: # A row an epoch
     "The recorder's table"
     if isinstance(src, (str,Path)): return pd.read_csv(src)
     names = src.recorder.metric_names[1:]
-    df = pd.DataFrame([list(v) for v in src.recorder.values], columns=list(names)[:len(src.recorder.values[0])])
-    df.insert(0, 'epoch', range(len(df)))
-    return df
+    rows = [[i,*v] for i,v in enumerate(src.recorder.values) if len(v)]                          # skipped epochs have no values
+    return pd.DataFrame(rows, columns=['epoch',*names][:len(rows[0])] if rows else ['epoch'])
 
 def plot_history(
     src:Learner|str|Path|pd.DataFrame, # What `history_df` takes, or what it gave
@@ -38,7 +37,9 @@ def plot_history(
     axs[0].set(title='loss = teacher entropy + KL', xlabel='epoch')
     axs[0].legend()
     for ax,(name,cols) in zip(axs[1:], others.items()):
-        for c in cols: ax.plot(df.epoch+1, df[c], label={'knn':'teacher','knn_student':'student'}.get(c, c))
+        for c in cols:                                           # k-NN may be measured every few epochs
+            m = df[c].notna()
+            ax.plot(df.epoch[m]+1, df[c][m], label={'knn':'teacher','knn_student':'student'}.get(c, c))
         ax.set(title=dict(knn='k-NN top-1', rankme='RankMe').get(name, cols[0].replace('_',' ')), xlabel='epoch')
         if len(cols)>1: ax.legend()
     return axs
@@ -64,10 +65,10 @@ def show_neighbours(
             if labels is not None and labels[j]!=labels[i]: ax.add_patch(plt.Rectangle((0,0),1,1, transform=ax.transAxes, fill=False, ec='red', lw=3))
     return axs
 
-# %% ../nbs/40_plots.ipynb #33283164
+# %% ../nbs/40_plots.ipynb #d1be4406
 def show_attention(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
-    x:Tensor, # Images (bs,C,H,W) in [0,1]
+    x:Tensor|Image.Image, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; or a Pillow image
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
     axs:np.ndarray|None=None # (bs, 1+heads) Axes
 )->np.ndarray: # The Axes
@@ -75,6 +76,11 @@ def show_attention(
     stats = stats or norm_stats(encoder)
     enc   = encoder_of(encoder)
     dev   = next(enc.parameters()).device
+    if isinstance(x, Image.Image): x = image2tensor(PILImage(x.convert('RGB')))
+    x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
+    x = (x if x.ndim==4 else x[None]).float()/(255 if x.dtype==torch.uint8 else 1)
+    patch = patch_size(enc)
+    if patch: x = F.interpolate(x, [max(p, s//p*p) for s,p in zip(x.shape[-2:], patch)], mode='bilinear', antialias=True)      # whole patches
     z     = x.to(dev)
     if stats: z = (z-stats[0].to(dev)[:,None,None])/stats[1].to(dev)[:,None,None]
     a = attention_maps(enc, z).cpu()

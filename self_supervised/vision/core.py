@@ -15,7 +15,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #5e5bbf38
+# %% ../../nbs/30_vision.core.ipynb #ace0172c
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -60,7 +60,7 @@ class MultiView(Callback):
         x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             make = getattr(self.aug_pipelines, 'views', None)
-            return make(x) if make else [p(x) for p in self.aug_pipelines]
+            return make(x) if make else make_views(x, self.aug_pipelines)
 
     def before_batch(self):
         if self.aside: return
@@ -76,7 +76,7 @@ class MultiView(Callback):
         "The views of a batch of training images, without touching the run"
         with random_kept(): return show_views(peek(self.dls, n, shuffle=True)[0], self.aug_pipelines, n, **kwargs)
 
-# %% ../../nbs/30_vision.core.ipynb #5f7680ba
+# %% ../../nbs/30_vision.core.ipynb #2bc46176
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -119,7 +119,9 @@ class TeacherStudent(MultiView):
     def before_fit(self):
         super().before_fit()
         if self.aside: return
-        stats = getattr(self.aug_pipelines, 'stats', None)
+        if not all(hasattr(self.nets, o) for o in ('student','teacher','C')):
+            raise ValueError(f"the model is a {type(self.nets).__name__} without student, teacher and centre: make one with create_dino_model or DINOModel")
+        stats = getattr(self.aug_pipelines, 'stats', None) or stats_of(self.aug_pipelines)
         if stats is not None: self.nets.set_stats(*stats)
         self.skipped = False
         self._forget()
@@ -146,20 +148,28 @@ class TeacherStudent(MultiView):
         self.skipped = False
         self._forget()
 
-# %% ../../nbs/30_vision.core.ipynb #8addc8c7
+# %% ../../nbs/30_vision.core.ipynb #a1a2b7fa
 class AnyMixedPrecision(MixedPrecision):
     "`MixedPrecision` on the device of the model"
     name,inside = 'mixed_precision',False
     def before_fit(self):
         self.leave()
+        learn,last = self.learn,self.learn._grab_cbs(MixedPrecision)[-1]
+        if last is not self:                                     # chosen later, with to_fp16() say: two would scale the loss twice
+            learn.remove_cb(self)
+            return setattr(learn, last.name, last)
         dev   = next(self.model.parameters()).device.type
         dtype = dict(bf16=torch.bfloat16, fp16=torch.float16)[self.amp_mode.value]
         if dev=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported(): raise ValueError("this GPU has no bfloat16: pass precision='fp16'")
         self.kwargs['enabled'] = dtype==torch.float16
         self.autocast,self.learn.scaler,self.scales = torch.autocast(dev, dtype=dtype),torch.amp.GradScaler(dev, **self.kwargs),L()
     def before_batch(self):
+        self.leave()                                             # a batch that was cancelled before its loss
         super().before_batch()
         self.inside = True
+    def after_fit(self):
+        self.leave()
+        super().after_fit()
     def after_loss(self):
         super().after_loss()
         self.inside = False

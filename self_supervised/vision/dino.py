@@ -8,7 +8,7 @@ __all__ = ['DINOModel', 'native_size', 'create_dino_model', 'clip_per_param', 'D
            'show_views', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper', 'encoder_of',
            'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter',
            'unlabelled_dls', 'digits_dls', 'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History',
-           'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision']
+           'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
 
 # %% ../../nbs/31_vision.dino.ipynb #9185714a
 from fastai.vision.all import *
@@ -24,10 +24,10 @@ from ..checkpoints import *
 from ..monitors import *
 from .core import *
 
-# %% ../../nbs/31_vision.dino.ipynb #2087140d
+# %% ../../nbs/31_vision.dino.ipynb #3e0df45e
 _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', 'View', 'show_views', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper',
          'encoder_of', 'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls', 'digits_dls',
-         'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision']
+         'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
 
 # %% ../../nbs/31_vision.dino.ipynb #4cd03ca0
 class DINOModel(Module):
@@ -72,12 +72,13 @@ def _n_out(m):
     if not n: raise ValueError("cannot tell the number of prototypes: let the student end in a DINOHead or in a layer with out_features")
     return n[-1]
 
-# %% ../../nbs/31_vision.dino.ipynb #8b8b868a
+# %% ../../nbs/31_vision.dino.ipynb #b72b2d7a
 def native_size(
     encoder:nn.Module # An encoder
 )->int: # Pixels
     "A side of images that the encoder takes for certain"
-    return nested_attr(encoder, 'patch_embed.img_size', [None])[0] or (getattr(encoder, 'pretrained_cfg', None) or {}).get('input_size', [64])[-1]
+    size = nested_attr(encoder, 'patch_embed.img_size', None) or (getattr(encoder, 'pretrained_cfg', None) or {}).get('input_size', 64)
+    return size if isinstance(size, int) else size[-1]
 
 def create_dino_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
@@ -96,7 +97,7 @@ def create_dino_model(
     stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return DINOModel(nn.Sequential(MultiCropWrapper(enc), DINOHead(nf, out_dim, **head)), stats=stats)
 
-# %% ../../nbs/31_vision.dino.ipynb #68f60dc6
+# %% ../../nbs/31_vision.dino.ipynb #c2545fe5
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -117,8 +118,8 @@ class DINO(TeacherStudent):
         tmom_start:float=0.996, # Momentum of the teacher at the start; lower in short runs, .9995 for a batch of 256 on a million images
         tmom_end:float=1., # ... and at the end
         tmom_sched:Callable=SchedCos, # ... and in between, by the iteration
-        tpt_start:float=0.04, # Temperature of the teacher at the start; decrease it if the loss does not
-        tpt_end:float=0.04, # ... and after its warm-up; above .07 is mostly unstable
+        tpt_start:float=0.04, # Temperature of the teacher at the start of its warm-up
+        tpt_end:float=0.04, # ... and after it, or throughout where there is none; decrease it if the loss does not, above .07 is mostly unstable
         tpt_warmup_pct:float=0., # Part of training for that warm-up
         tpt_sched:Callable=SchedLin, # Its shape, by the epoch
         tps:float=0.1, # Temperature of the student
@@ -127,7 +128,7 @@ class DINO(TeacherStudent):
     ):
         super().__init__(aug_pipelines, large_crop_ids, cmom, tmom_start, tmom_end, tmom_sched)
         store_attr('tpt_start,tpt_end,tpt_warmup_pct,tpt_sched,tps,freeze_last_layer,clip')
-        self.auto = ()                                           # settings that `fit_dino` may choose
+        self.auto = None                                         # settings that `fit_dino` chooses, with the values that it gave them
 
     @property
     def tpt(self): return teacher_temp(self.epoch, self.n_epoch, self.tpt_start, self.tpt_end, self.tpt_warmup_pct, self.tpt_sched)
@@ -161,7 +162,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #10f3f5c6
+# %% ../../nbs/31_vision.dino.ipynb #00800179
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -176,7 +177,7 @@ def crop_sizes_for(
     encoder:nn.Module # The encoder, whose patches the views must be made of
 )->tuple: # Sides of the global and of the local views
     "224 and 96 pixels or, for smaller images, sides in that proportion"
-    unit = nested_attr(encoder, 'patch_embed.patch_size', (8,))[0]
+    unit = (patch_size(encoder) or (8,8))[0]
     g = min(224,size)//unit*unit
     if not g: raise ValueError(f"images of {size} pixels are smaller than a patch of {unit}: pass larger images, or a model with smaller patches")
     return g,max(unit, round(g*96/224/unit)*unit)
@@ -194,35 +195,42 @@ def dino_learner(
 )->Learner: # With `learn.dino` and monitors
     "A learner that pretrains `arch` on the images of `dls`; what is not given follows `dino_defaults`"
     of    = lambda f: {k:kwargs.pop(k) for k in list(kwargs) if k in inspect.signature(f).parameters}
-    x,*y  = peek(dls)
+    if 'lr' in kwargs or 'wd' in kwargs: raise TypeError("lr and wd belong to learn.fit_dino: pass them there")
+    x,*y  = peek(dls, 2)
     n_in,size = x.shape[1],min(x.shape[-2:])
     d     = dino_defaults(len(dls.train_ds), find_bs_of(dls), 100)
     dino_kw,learn_kw = of(DINO.__init__),of(Learner.__init__)
+    given = kwargs if isinstance(arch, nn.Module) else {}        # a timm model says itself what it does not know
+    known = {} if isinstance(arch, DINOModel) else merge(*(inspect.signature(f).parameters for f in (create_dino_model, DINOHead.__init__)))
+    if set(given)-set(known) or isinstance(arch, DINOModel) and out_dim is not None:
+        raise TypeError(f"dino_learner got {', '.join(sorted(set(given)-set(known)) or ['out_dim'])}, which neither DINO nor Learner takes, nor a {type(arch).__name__} that is built already")
     if isinstance(arch, DINOModel): model = arch
     else:
         model_kw = merge(dict(use_bn=d.use_bn, hidden_dim=d.hidden_dim, bottleneck_dim=d.bottleneck_dim, norm_last_layer=d.norm_last_layer, n_in=n_in), kwargs)
-        if isinstance(arch, nn.Module): model_kw.setdefault('size', (getattr(aug_pipelines,'sizes',None) or [size])[0])
+        if isinstance(arch, nn.Module): model_kw.setdefault('size', size)
         model = create_dino_model(arch, ifnone(out_dim, d.out_dim), **model_kw)
     enc = encoder_of(model)
     if aug_pipelines is None: aug_pipelines = get_dino_aug_pipelines(crop_sizes=crop_sizes_for(size, enc), n_in=n_in, **(dict(stats=(model.mean,model.std)) if n_in==3 else {}))
-    check_sizes(enc, getattr(aug_pipelines, 'sizes', []), n_in)
     dino = DINO(aug_pipelines, **dino_kw)
-    dino.auto = tuple(k for k in _auto if k not in dino_kw)
-    labelled = y and len(dls.valid)>0 and len(dls.train_ds)<=20_000
-    cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), KNNMonitor(dls) if labelled else None).filter() + L(cbs)
+    with random_kept(): check_sizes(enc, [tuple(v.shape[-2:]) for v in dino.make_views(x)], n_in)
+    dino.auto = {k:getattr(dino,k) for k in _auto if k not in dino_kw}
+    n = len(dls.train_ds)
+    classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
+    knn = KNNMonitor(dls, k=min(20,n)) if classes and len(dls.valid)>0 and n<=20_000 else None
+    cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
 def find_bs_of(dls)->int:
     "Images in a training batch"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-# %% ../../nbs/31_vision.dino.ipynb #3a360b49
+# %% ../../nbs/31_vision.dino.ipynb #9ef85c3b
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
 def fit_dino(self:Learner,
     n_epoch:int, # Epochs
-    lr:float|None=None, # Peak learning rate for a batch of 256; try decreasing it if the loss jumps
+    lr:float|None=None, # Peak learning rate for a batch of 256; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
     lr_min:float|None=None, # End of its cosine; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; clamped where the run is shorter
     wd:float|tuple|None=None, # Weight decay at the start and the end
@@ -237,8 +245,11 @@ def fit_dino(self:Learner,
     if n==0: raise ValueError(f"{len(self.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
     acc = first(both, lambda o: isinstance(o, GradientAccumulation))
     n_acc,n_proc = math.ceil(acc.n_acc/bs) if acc else 1,max(1,num_distrib())
-    d = dino_defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch) if dino.auto else _paper
-    for k in dino.auto: setattr(dino, k, d[k])
+    d = _paper if dino.auto is None else dino_defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch)
+    for k,v in (dino.auto or {}).items():
+        if getattr(dino, k)!=v: continue                         # somebody has set it since
+        setattr(dino, k, d[k])
+        dino.auto[k] = d[k]
     lr,lr_min,wd = ifnone(lr,d.lr),ifnone(lr_min,d.lr_min),ifnone(wd,d.wd)
     warmup = d.warmup_epochs if warmup_epochs is None else warmup_epochs
     if n_epoch>0: warmup = clamp_warmup(warmup, n_epoch)
@@ -246,7 +257,9 @@ def fit_dino(self:Learner,
     if self.opt_func is Adam and self.splitter is trainable_params: self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
     wd = wd if isinstance(wd, (tuple,list)) else (wd,wd)
     scheds = dict(lr=lr_sched(lr, lr_min, n*n_epoch, round(warmup*n)), wd=wd_sched(*wd) if self.splitter is dino_splitter else SchedCos(*wd))
+    logger = self.logger
     try: self.fit(n_epoch, lr, cbs=L(ParamScheduler(scheds))+L(cbs), start_epoch=start_epoch)
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
+        self.logger = logger
         if self.loss_func==dino.lf: self.loss_func = dino.old_lf
         if hasattr(getattr(self,'mixed_precision',None), 'leave'): self.mixed_precision.leave()
