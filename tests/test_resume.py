@@ -27,7 +27,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision, shuffle
 
 def test_a_killed_process_goes_on(tmp_path):
     "The command line, killed without warning while it trains, ends where a run at one go ends"
-    cmd = [sys.executable, '-c', 'from self_supervised.cli import main; main()', '--epochs', '6', '--local-crops-number', '1', '--batch-size-per-gpu', '256', '--seed', '3']
+    cmd = [sys.executable, '-c', 'from self_supervised.cli import main; main()', '--epochs', '4', '--local-crops-number', '1', '--batch-size-per-gpu', '256', '--seed', '3']
     subprocess.run(cmd+['--out', tmp_path/'whole'], check=True, capture_output=True)
     p = subprocess.Popen(cmd+['--out', tmp_path/'cut'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):

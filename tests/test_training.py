@@ -131,6 +131,38 @@ def test_ctrl_c_and_fit_again(precision):
         learn.fit(1)                                                                     # ... and the next fit still knows which it was
     assert learn.loss_func is noop and np.isfinite(learn.recorder.values[-1][0])
 
+def test_ctrl_c_leaves_nothing_behind(tmp_path):
+    learn = digits_learner(n_train=256, path=tmp_path)
+    with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit_dino(1, cbs=[Interrupt(), History(tmp_path/'h.csv'), RunCheckpoint(tmp_path)])
+    learn.export('x.pkl')                                                                # no open file in the learner
+    with quiet(learn), pytest.raises(KeyboardInterrupt):
+        with learn.added_cbs(Interrupt()): learn.lr_find(num_it=6, show_plot=False)
+    learn.fit_dino(1)
+    assert 'rankme' in learn.recorder.metric_names and np.isfinite(learn.recorder.values[-1][-1])
+
+def test_a_precision_chosen_later_replaces_the_first():
+    learn = digits_learner(n_train=128, precision='bf16')
+    later = AnyMixedPrecision('fp16')
+    learn.add_cb(later)
+    with quiet(learn): learn.fit_dino(1)
+    assert learn.mixed_precision is later and len(learn._grab_cbs(MixedPrecision))==1
+    class Cancel(Callback):
+        order = 11
+        def after_pred(self):
+            if self.training: raise CancelFitException()
+    with quiet(learn): learn.fit_dino(1, cbs=Cancel())
+    assert not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('y', [lambda n: torch.rand(n,3), lambda n: (torch.rand(n,5)>.5).long(), lambda n: torch.rand(n)])
+def test_labels_of_other_kinds_do_no_harm(y):
+    dls = digits_dls()
+    for ds in (dls.train_ds,dls.valid_ds):
+        ds.x,ds.y = ds.x[:128],y(128)
+    for dl in dls: dl.n = 128
+    learn = dino_learner(dls, 'convnet_mini', get_digits_aug_pipelines((2,0)))
+    with quiet(learn): learn.fit_dino(1)
+    assert 'knn' not in learn.recorder.metric_names
+
 def test_unfinished_accumulation_does_not_leak_into_the_next_fit():
     learn = learner(12, 4, GradientAccumulation(8), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), tmom_start=1.)
     with quiet(learn): learn.fit(1, 0.)                                                  # 3 batches: one is left over
