@@ -1,5 +1,7 @@
 "The example that has to run as it stands, in a script"
-import subprocess, sys
+import re, subprocess, sys
+from pathlib import Path
+from self_supervised.data import digits_path
 
 EXAMPLE = '''
 import matplotlib; matplotlib.use('agg')
@@ -37,3 +39,15 @@ def test_the_example_runs_as_a_script(tmp_path):
     (tmp_path/'example.py').write_text(EXAMPLE)
     r = subprocess.run([sys.executable, tmp_path/'example.py'], capture_output=True, text=True)
     assert r.returncode==0, r.stderr[-2000:]
+
+def test_the_readme_runs_as_it_stands(tmp_path):
+    "Its notebook example, on a small folder and with a small network"
+    code = re.search(r'```python\n(from fastai.*?)```', (Path(__file__).parent.parent/'README.md').read_text(), re.S).group(1)
+    for a,b in (("'IMAGES', size=256, bs=64","'images/test', size=32, bs=64, num_workers=0"), ('vit_small_patch16_224','vit_mini_patch4_16'), ('fit_dino(100)','fit_dino(1)')):
+        assert a in code
+        code = code.replace(a, b)
+    digits_path(tmp_path/'images')
+    (tmp_path/'readme.py').write_text("import matplotlib; matplotlib.use('agg')\n"+code)
+    r = subprocess.run([sys.executable, 'readme.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr[-2000:]
+    assert (tmp_path/'encoder.safetensors').exists() and 'timm.create_model(' in r.stdout
