@@ -33,7 +33,8 @@ test-all: test
 # exports the library, writes the notebooks' outputs anew, and README.md
 docs: .venv/dev
 	$(BIN)/nbdev-export
-	PYTHONWARNINGS=ignore::FutureWarning,ignore::RuntimeWarning,ignore:Overwriting $(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --save
+	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --save
+	$(BIN)/python tools/nbtext.py tidy nbs/*.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/python tools/readme.py
 

@@ -74,7 +74,7 @@ class RankMeMonitor(Monitor):
         if self.rows: self.number = rankme(torch.cat(self.rows)).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #18526ebf
+# %% ../nbs/20_monitors.ipynb #87f0338c
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
     order,run_valid = MixedPrecision.order+9,False
@@ -85,7 +85,7 @@ class CollapseMonitor(Callback):
     def before_fit(self): self.seen,self.messages = Counter(),[]
 
     def after_batch(self):
-        if self.train_iter%50==0 and not hasattr(self.learn,'lr_finder') and not math.isfinite(self.learn.loss): self.stop(f"epoch {self.epoch}")
+        if self.train_iter%50==0 and not hasattr(self.learn,'lr_finder') and not self.learn.loss.detach().isfinite().all(): self.stop(f"epoch {self.epoch}")
 
     def stop(self, where):
         self.messages.append(f"{where}: {self.advice['nan']}")
