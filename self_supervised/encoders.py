@@ -37,7 +37,7 @@ def create_encoder(
     m.timm_args = {k:v for k,v in merge(dict(model_name=arch, num_classes=0, in_chans=n_in), opts, kwargs).items() if k!='drop_path_rate'}
     return m
 
-# %% ../nbs/02_encoders.ipynb #bb4a9947
+# %% ../nbs/02_encoders.ipynb #fadf1d0b
 def _deit(arch, patch_size, drop_path_rate, **kw):
     m = create_encoder(arch, patch_size=patch_size, drop_path_rate=drop_path_rate, **kw)
     if not kw.get('pretrained'): nn.init.trunc_normal_(m.cls_token, std=.02)
@@ -51,12 +51,20 @@ def deit_tiny(
     "ViT-Ti of DeiT (Touvron et al. 2021)"
     return _deit('vit_tiny_patch16_224', patch_size, drop_path_rate, **kw)
 
-def deit_small(patch_size:int=16, drop_path_rate:float=0., **kw)->nn.Module:
-    "ViT-S of DeiT (Touvron et al. 2021): 384 features, 6 heads, 12 blocks; see `deit_tiny`"
+def deit_small(
+    patch_size:int=16, # Side of a patch, in pixels
+    drop_path_rate:float=0., # Stochastic depth of the last block
+    **kw # For `create_encoder`
+)->nn.Module: # 384 features, 6 heads, 12 blocks
+    "ViT-S of DeiT (Touvron et al. 2021)"
     return _deit('vit_small_patch16_224', patch_size, drop_path_rate, **kw)
 
-def vit_base(patch_size:int=16, drop_path_rate:float=0., **kw)->nn.Module:
-    "ViT-B (Dosovitskiy et al. 2021): 768 features, 12 heads, 12 blocks; see `deit_tiny`"
+def vit_base(
+    patch_size:int=16, # Side of a patch, in pixels
+    drop_path_rate:float=0., # Stochastic depth of the last block
+    **kw # For `create_encoder`
+)->nn.Module: # 768 features, 12 heads, 12 blocks
+    "ViT-B (Dosovitskiy et al. 2021)"
     return _deit('vit_base_patch16_224', patch_size, drop_path_rate, **kw)
 
 # %% ../nbs/02_encoders.ipynb #9804fc27

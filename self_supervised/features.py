@@ -42,7 +42,7 @@ class _Renorm:
         if len(mean)!=x.shape[1]: raise ValueError(f"images of {x.shape[1]} channels for a model with statistics of {len(mean)}: pass stats=(means, deviations)")
         return (x-mean)/std
 
-# %% ../nbs/06_features.ipynb #52269b2e
+# %% ../nbs/06_features.ipynb #9bfcf91d
 def encode(
     encoder:nn.Module, # Images in, (bs, features) out
     x:Tensor, # Images (bs,C,H,W), normalised
@@ -59,7 +59,9 @@ def encode(
     return torch.cat([pre[:,0] for _,pre in outs] + ([outs[-1][0].mean(1)] if avgpool else []), -1)
 
 @contextmanager
-def eval_mode(m:nn.Module):
+def eval_mode(
+    m:nn.Module # A model
+):
     "`m` in evaluation mode, and each of its modules back in its own mode behind it"
     was = {o:o.training for o in m.modules()}
     try: yield m.eval()

@@ -45,7 +45,7 @@ def dino_loss(
         other[range(n_large),list(large_crop_ids)] = 0
         return (pairs*other).sum()/other.sum()
 
-# %% ../nbs/04_objectives.ipynb #f3a20bda
+# %% ../nbs/04_objectives.ipynb #cb98fc79
 def teacher_entropy(
     teacher:Tensor, # Teacher logits, (n, K)
     center:Tensor, # Running mean of the teacher's logits, (1, K)
@@ -56,7 +56,13 @@ def teacher_entropy(
     return torch.special.entr(q).sum(-1).mean()
 
 @delegates(dino_loss)
-def kl(student:Tensor, teacher:Tensor, center:Tensor, tpt:float=0.04, **kwargs)->Tensor:
+def kl(
+    student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
+    teacher:Tensor, # Teacher logits of the global views, (n_large*bs, K), crop-major
+    center:Tensor, # Running mean of the teacher's logits, (1, K)
+    tpt:float=0.04, # Teacher temperature
+    **kwargs
+)->Tensor: # Scalar, 0 where the student has nothing left to learn
     "Mean KL divergence from the student's to the teacher's distributions over the pairs of `dino_loss`: loss less entropy"
     return dino_loss(student, teacher, center, tpt=tpt, **kwargs) - teacher_entropy(teacher, center, tpt)
 

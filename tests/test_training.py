@@ -74,6 +74,17 @@ def test_validation_moves_nothing():
     assert changed(learn.model, before)==[] and len(res)>=1 and np.isfinite(res[0])
     assert learn.loss_func is noop
 
+def test_validate_without_validation_images_and_no_warnings_of_our_own():
+    learn = digits_learner(n_train=128, precision='bf16')
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        learn.validate()
+        learn.fit_dino(1)
+        learn.validate()
+        learn.get_preds(dl=learn.dls.train)
+        learn.summary()
+    assert [str(o.message) for o in w if 'shadowing' in str(o.message) or 'requires_grad' in str(o.message)]==[]
+
 def test_a_preview_before_fit_changes_nothing():
     def run(preview):
         learn = digits_learner(n_train=128)

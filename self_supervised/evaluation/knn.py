@@ -9,7 +9,7 @@ __all__ = ['knn_classifier', 'accuracy_of', 'knn_accuracy', 'labelled_features']
 from fastai.vision.all import *
 from ..features import *
 
-# %% ../../nbs/10_evaluation.knn.ipynb #5b7cce91
+# %% ../../nbs/10_evaluation.knn.ipynb #5d0d81bc
 def knn_classifier(
     train_feats:Tensor, # Features of the labelled images, (n_train, d)
     train_y:Tensor, # Their classes, (n_train,)
@@ -50,7 +50,11 @@ def knn_accuracy(
     return accuracy_of(knn_classifier(ftr, ytr, fte, k, T), yte)
 
 @delegates(extract_features)
-def labelled_features(model:Learner|nn.Module, dl:DataLoader, **kwargs)->tuple:
+def labelled_features(
+    model:Learner|nn.Module, # What `extract_features` takes
+    dl:DataLoader, # Batches (x,y)
+    **kwargs
+)->tuple: # Features (n, d) and classes (n,)
     "`extract_features`, with an error where there are no labels"
     f,y = extract_features(model, dl, **kwargs)
     if y is None: raise ValueError("the DataLoader gives images without labels, and accuracy needs them: pass labelled DataLoaders, such as ImageDataLoaders.from_folder")

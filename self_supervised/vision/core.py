@@ -15,7 +15,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #ace0172c
+# %% ../../nbs/30_vision.core.ipynb #60666823
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -40,7 +40,8 @@ class MultiView(Callback):
         self.recorder.smooth_loss.val = torch.as_tensor(self.recorder.smooth_loss.val).double()               # fastai's is float32 and refuses a float64 loss
 
     def before_validate(self):
-        if not self.aside and len(self.learn.dl)==0: raise CancelValidException()      # the progress bar would warn of it
+        bar = getattr(self.learn, 'progress', None)              # in a fit it would warn of an empty loader; outside it has no bar yet, and needs one
+        if not self.aside and len(self.learn.dl)==0 and hasattr(bar, 'pbar'): raise CancelValidException()
 
     def after_fit(self):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf

@@ -162,7 +162,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #00800179
+# %% ../../nbs/31_vision.dino.ipynb #00fdd281
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -220,8 +220,10 @@ def dino_learner(
     cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
-def find_bs_of(dls)->int:
-    "Images in a training batch"
+def find_bs_of(
+    dls:DataLoaders # fastai's or PyTorch's
+)->int: # Images in a training batch
+    "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
 # %% ../../nbs/31_vision.dino.ipynb #9ef85c3b
