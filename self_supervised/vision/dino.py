@@ -226,7 +226,7 @@ def find_bs_of(
     "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-# %% ../../nbs/31_vision.dino.ipynb #9ef85c3b
+# %% ../../nbs/31_vision.dino.ipynb #38582723
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
@@ -247,7 +247,7 @@ def fit_dino(self:Learner,
     if n==0: raise ValueError(f"{len(self.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
     acc = first(both, lambda o: isinstance(o, GradientAccumulation))
     n_acc,n_proc = math.ceil(acc.n_acc/bs) if acc else 1,max(1,num_distrib())
-    d = _paper if dino.auto is None else dino_defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch)
+    d = _paper if dino.auto is None else dino_defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch, total_params(encoder_of(self))[0])
     for k,v in (dino.auto or {}).items():
         if getattr(dino, k)!=v: continue                         # somebody has set it since
         setattr(dino, k, d[k])
