@@ -58,7 +58,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #8dd8e1bb
+# %% ../nbs/50_cli.ipynb #c5de6d56
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -93,7 +93,7 @@ def _labelled(path, size, bs, num_workers, n_in):
     return ImageDataLoaders.from_folder(path, train='train', valid=test, item_tfms=SquareCrop(size), bs=bs, num_workers=num_workers, seed=0,
                                           img_cls=PILImage if n_in==3 else PILImageBW)
 
-_may_change = ('out','resume','overwrite','epochs','num_workers','labels','saveckp_freq')        # between a run and its resumption
+_may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -187,7 +187,7 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #07784887
+# %% ../nbs/50_cli.ipynb #b365c4f9
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
@@ -201,7 +201,8 @@ def _picture(learn, dls, out):
     "Attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
     batches = list(itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16))
     x = torch.cat([b[0].as_subclass(Tensor) for b in batches])
-    if hasattr(nested_attr(encoder_of(learn), 'blocks', [None])[-1], 'attn') and hasattr(encoder_of(learn), 'num_prefix_tokens'):
+    enc = encoder_of(learn)
+    if hasattr(enc, 'num_prefix_tokens') and nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.fused_attn') is not None:
         s = learn.dino.aug_pipelines[0].size
         return _save(show_attention(learn, F.interpolate(x[:6], (s,s), mode='bilinear', antialias=True)), out/'attention.png')
     f,y = extract_features(learn, batches)
