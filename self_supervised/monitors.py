@@ -14,7 +14,7 @@ from .features import *
 from .objectives import *
 from .evaluation.knn import *
 
-# %% ../nbs/20_monitors.ipynb #064b165c
+# %% ../nbs/20_monitors.ipynb #7d91214a
 def set_metrics(
     learn:Learner, # The learner whose table they are to be in
     **funcs:Callable # Name of a column, and a function that gives its value
@@ -22,11 +22,12 @@ def set_metrics(
     "Add columns to the recorder's table, or replace those of the same name"
     learn.metrics = learn.metrics.filter(lambda m: m.name not in funcs) + L(ValueMetric(f,n) for n,f in funcs.items())
 
+def _aside(cb): return hasattr(cb.learn,'lr_finder') or hasattr(cb.learn,'gather_preds')
+
 class Monitor(Callback):
     "Reckons a number after each epoch of training, for the recorder to show"
     order,run_valid,column = MixedPrecision.order+8,False,None   # behind the method (+2), before Recorder (50)
-    @property
-    def aside(self): return hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds')
+    aside = property(_aside)
     def before_fit(self):
         self.number = math.nan                                   # not None, which TensorBoard refuses
         if not self.aside: set_metrics(self.learn, **{self.column: self.value})
@@ -74,7 +75,7 @@ class RankMeMonitor(Monitor):
         if self.rows: self.number = rankme(torch.cat(self.rows)).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #87f0338c
+# %% ../nbs/20_monitors.ipynb #1d964c5e
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
     order,run_valid = MixedPrecision.order+9,False
@@ -85,7 +86,7 @@ class CollapseMonitor(Callback):
     def before_fit(self): self.seen,self.messages = Counter(),[]
 
     def after_batch(self):
-        if self.train_iter%50==0 and not hasattr(self.learn,'lr_finder') and not self.learn.loss.detach().isfinite().all(): self.stop(f"epoch {self.epoch}")
+        if self.train_iter%50==0 and not _aside(self) and not self.learn.loss.detach().isfinite().all(): self.stop(f"epoch {self.epoch}")
 
     def stop(self, where):
         self.messages.append(f"{where}: {self.advice['nan']}")
@@ -93,7 +94,7 @@ class CollapseMonitor(Callback):
         raise CancelFitException()
 
     def after_train(self):
-        if hasattr(self.learn,'lr_finder') or not getattr(self.learn, 'view_stats', None): return
+        if _aside(self) or not getattr(self.learn, 'view_stats', None): return
         sign = self.sign(**self.learn.view_stats)
         if sign=='nan': self.stop(f"epoch {self.epoch}")
         if sign=='stuck' and self.pct_train<.15: sign = None     # the learning rate is still warming up
@@ -125,7 +126,7 @@ class CollapseMonitor(Callback):
         stuck="The loss stands at ln K or above: the student has learned nothing yet, though the teacher tells images apart. Try a higher lr or a shorter warm-up if training is young, a lower lr if the loss "
               "fell before; BatchNorm in the head (use_bn=True); or fewer prototypes (out_dim).")
 
-# %% ../nbs/20_monitors.ipynb #5a06a743
+# %% ../nbs/20_monitors.ipynb #c81acea6
 class History(CSVLogger):
     "A `CSVLogger` for runs that are resumed: keeps the epochs that are done"
     order = RunCheckpoint.order+1                                # which says where the run goes on
@@ -135,8 +136,7 @@ class History(CSVLogger):
     ):
         super().__init__(Path(file).absolute(), append=resume)
 
-    @property
-    def aside(self): return hasattr(self.learn,'lr_finder') or hasattr(self.learn,'gather_preds')
+    aside = property(_aside)
     def before_fit(self):
         if self.aside: return
         self.fname.parent.mkdir(parents=True, exist_ok=True)
