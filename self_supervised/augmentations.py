@@ -69,7 +69,7 @@ def random_boxes(
         top,left,bh,bw = (torch.where(none, float(f), o) for f,o in (((h-fh)//2,top),((w-fw)//2,left),(fh,bh),(fw,bw)))
     return torch.stack([top,left,bh,bw],1)
 
-# %% ../nbs/01_augmentations.ipynb #a09d30c2
+# %% ../nbs/01_augmentations.ipynb #3b2d0420
 _gray = kornia.color.rgb_to_grayscale
 _jitters = (kornia.enhance.adjust_brightness_accumulative, kornia.enhance.adjust_contrast_with_mean_subtraction,
             kornia.enhance.adjust_saturation_with_gray_subtraction, lambda x,f: kornia.enhance.adjust_hue(x, f*2*math.pi))
@@ -80,7 +80,7 @@ def color_jitter(
     x:Tensor, # Images (n,C,H,W) in [0,1]
     factors:Tensor, # Brightness, contrast, saturation and hue of each image, (n,4); (1,1,1,0) changes nothing
     order:Tensor, # Each image's permutation of 0 to 3, (n,4)
-    on:Tensor # Which images, (n,) booleans, and which of the four operations (4,), both on the CPU
+    on:tuple # Which images, (n,) booleans, and which of the four operations (4,), both on the CPU
 )->Tensor: # `x`, changed in place
     "Change brightness, contrast, saturation and hue of each image in its own order"
     imgs,ops = on

@@ -58,7 +58,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #c5de6d56
+# %% ../nbs/50_cli.ipynb #37cd5b47
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -165,7 +165,6 @@ def dino_train(
                          **_given(use_bn=use_bn_in_head, norm_last_layer=norm_last_layer))
     untrained = deepcopy(encoder_of(learn))
     untrained.mean,untrained.std = learn.model.mean,learn.model.std          # the same images for both
-    out.mkdir(parents=True, exist_ok=True)
     _save(learn.dino.show(), out/'views.png')
     n = sum(p.numel() for p in enc.parameters())
     print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {len(dls.train)} batches of {bs}, "

@@ -14,7 +14,7 @@ from .features import *
 from .objectives import *
 from .evaluation.knn import *
 
-# %% ../nbs/20_monitors.ipynb #7d91214a
+# %% ../nbs/20_monitors.ipynb #ec651f7c
 def set_metrics(
     learn:Learner, # The learner whose table they are to be in
     **funcs:Callable # Name of a column, and a function that gives its value
@@ -22,18 +22,15 @@ def set_metrics(
     "Add columns to the recorder's table, or replace those of the same name"
     learn.metrics = learn.metrics.filter(lambda m: m.name not in funcs) + L(ValueMetric(f,n) for n,f in funcs.items())
 
-def _aside(cb): return hasattr(cb.learn,'lr_finder') or hasattr(cb.learn,'gather_preds')
-
 class Monitor(Callback):
     "Reckons a number after each epoch of training, for the recorder to show"
     order,run_valid,column = MixedPrecision.order+8,False,None   # behind the method (+2), before Recorder (50)
-    aside = property(_aside)
     def before_fit(self):
         self.number = math.nan                                   # not None, which TensorBoard refuses
-        if not self.aside: set_metrics(self.learn, **{self.column: self.value})
+        if not no_fit(self.learn): set_metrics(self.learn, **{self.column: self.value})
     def value(self): return self.number
 
-# %% ../nbs/20_monitors.ipynb #1b7d186e
+# %% ../nbs/20_monitors.ipynb #9aeb6ed5
 class KNNMonitor(Monitor):
     "Top-1 accuracy of the k-NN classifier, of the teacher or the student, after every `every` epochs"
     def __init__(self,
@@ -55,10 +52,10 @@ class KNNMonitor(Monitor):
 
     def after_train(self):
         self.number = math.nan
-        if self.aside or (self.epoch+1)%self.every and self.epoch+1!=self.n_epoch: return
+        if no_fit(self.learn) or (self.epoch+1)%self.every and self.epoch+1!=self.n_epoch: return
         with random_kept(): self.number = knn_accuracy(self.learn, self.labelled, self.k, self.T, who=self.who)
 
-# %% ../nbs/20_monitors.ipynb #e2e5f8e8
+# %% ../nbs/20_monitors.ipynb #9ca6aea4
 class RankMeMonitor(Monitor):
     "Effective rank of the teacher's features of the last images of the epoch"
     column = 'rankme'
@@ -68,14 +65,14 @@ class RankMeMonitor(Monitor):
     def before_train(self): self.rows = []
     def after_batch(self):
         f = getattr(self.learn, 'teacher_feats', None)
-        if f is None or self.aside: return
+        if f is None or no_fit(self.learn): return
         self.rows.append(f[:find_bs(self.learn.yb)])             # one view of each image
         while sum(map(len, self.rows[1:]))>=self.n_images: self.rows.pop(0)
     def after_train(self):
         if self.rows: self.number = rankme(torch.cat(self.rows)).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #1d964c5e
+# %% ../nbs/20_monitors.ipynb #ee55be8e
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
     order,run_valid = MixedPrecision.order+9,False
@@ -86,7 +83,7 @@ class CollapseMonitor(Callback):
     def before_fit(self): self.seen,self.messages = Counter(),[]
 
     def after_batch(self):
-        if self.train_iter%50==0 and not _aside(self) and not self.learn.loss.detach().isfinite().all(): self.stop(f"epoch {self.epoch}")
+        if self.train_iter%50==0 and not no_fit(self.learn) and not self.learn.loss.detach().isfinite().all(): self.stop(f"epoch {self.epoch}")
 
     def stop(self, where):
         self.messages.append(f"{where}: {self.advice['nan']}")
@@ -94,7 +91,7 @@ class CollapseMonitor(Callback):
         raise CancelFitException()
 
     def after_train(self):
-        if _aside(self) or not getattr(self.learn, 'view_stats', None): return
+        if no_fit(self.learn) or not getattr(self.learn, 'view_stats', None): return
         sign = self.sign(**self.learn.view_stats)
         if sign=='nan': self.stop(f"epoch {self.epoch}")
         if sign=='stuck' and self.pct_train<.15: sign = None     # the learning rate is still warming up
@@ -126,7 +123,7 @@ class CollapseMonitor(Callback):
         stuck="The loss stands at ln K or above: the student has learned nothing yet, though the teacher tells images apart. Try a higher lr or a shorter warm-up if training is young, a lower lr if the loss "
               "fell before; BatchNorm in the head (use_bn=True); or fewer prototypes (out_dim).")
 
-# %% ../nbs/20_monitors.ipynb #c81acea6
+# %% ../nbs/20_monitors.ipynb #d9a79623
 class History(CSVLogger):
     "A `CSVLogger` for runs that are resumed: keeps the epochs that are done"
     order = RunCheckpoint.order+1                                # which says where the run goes on
@@ -136,9 +133,8 @@ class History(CSVLogger):
     ):
         super().__init__(Path(file).absolute(), append=resume)
 
-    aside = property(_aside)
     def before_fit(self):
-        if self.aside: return
+        if no_fit(self.learn): return
         self.fname.parent.mkdir(parents=True, exist_ok=True)
         old = self.fname.read_text().splitlines()[1:] if self.append and self.fname.exists() else []
         first_epoch = getattr(getattr(self.learn,'run_checkpoint',None), 'first_epoch', 0)
@@ -147,7 +143,7 @@ class History(CSVLogger):
         self.old_logger,self.learn.logger = self.logger,self._write_line
 
     def after_fit(self):
-        if self.aside: return
+        if no_fit(self.learn): return
         ours = self.learn.logger==self._write_line               # the progress bar may have put back the first logger already
         was  = self.learn.logger
         super().after_fit()
