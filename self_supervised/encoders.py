@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'patch_size', 'attention_maps']
+           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'patch_size', 'whole_patches',
+           'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #c9b45f7e
 from fastai.vision.all import *
@@ -152,7 +153,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #88088280
+# %% ../nbs/02_encoders.ipynb #7c279fec
 @contextmanager
 def _plain_attention(attn):
     was = attn.fused_attn
@@ -186,12 +187,40 @@ def patch_size(
     p = getattr(pe, 'patch_size', None)
     return (p,p) if isinstance(p, int) else tuple(p) if p is not None else None
 
+def whole_patches(
+    x:Tensor, # Images (...,H,W)
+    patch:tuple|None # Sides of a patch, as `patch_size` gives them; None: nothing is cut
+)->Tensor: # (...,H,W), a view
+    "Cut off at the right and at the bottom what does not fill a patch"
+    if patch is None: return x
+    (h,w),(ph,pw) = x.shape[-2:],patch
+    if h<ph or w<pw: raise ValueError(f"an image of {h}x{w} pixels is smaller than a patch of {ph}x{pw}: make the images larger")
+    return x[...,:h//ph*ph,:w//pw*pw]
+
 def attention_maps(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
-    x:Tensor # Images (bs,C,H,W), normalised; H and W multiples of the patch size
+    x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
+    query:tuple|None=None # Row and column of the patch that looks; None: the class token
 )->Tensor: # (bs, heads, H/patch, W/patch); what is missing from a sum of 1 went to the class token and registers
-    "What the class token attends to in the last block (Caron et al. 2021, fig. 1)"
+    "What the class token, or a patch, attends to in the last block (Caron et al. 2021, fig. 1)"
     encoder = encoder_of(encoder)
-    attn = last_attention(encoder, x)[:,:,0,encoder.num_prefix_tokens:]
-    ph,pw = patch_size(encoder)
-    return attn.unflatten(-1, (x.shape[-2]//ph, x.shape[-1]//pw))
+    full,prefix = last_attention(encoder, x),encoder.num_prefix_tokens
+    if query is None and not prefix: raise ValueError(f"{type(encoder).__name__} has no class token to look from: pass query=(row, column) of a patch")
+    (h,w),(r,c) = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder))),query or (0,0)
+    if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
+    return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
+
+# %% ../nbs/02_encoders.ipynb #1a71b37a
+def vit_tokens(
+    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
+    n_blocks:int=1 # Last blocks
+)->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end, and patch tokens of the last block (bs, H/patch, W/patch, d)
+    "Tokens behind the last norm"
+    encoder = encoder_of(encoder)
+    if not hasattr(encoder, 'get_intermediate_layers'): raise ValueError(f"{type(encoder).__name__} has no tokens: pass a timm vision transformer, such as vit_* or deit_*")
+    if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
+    if not encoder.num_prefix_tokens: raise ValueError(f"{type(encoder).__name__} has no class token (it averages its patches): take its features as they come, or another encoder")
+    outs  = encoder.get_intermediate_layers(x, n_blocks, norm=True, return_prefix_tokens=True)
+    h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
+    return torch.stack([pre[:,0] for _,pre in outs]), outs[-1][0].unflatten(1, (h,w))
