@@ -11,13 +11,15 @@ from ..features import *
 from .knn import *
 from .linear import *
 
-# %% ../../nbs/12_evaluation.lowshot.ipynb #51b62a5c
+# %% ../../nbs/12_evaluation.lowshot.ipynb #65565445
 def draw_labels(
     y:Tensor, # Classes of all training images, (n,)
     per_class:int|float, # Labels a class: a number, or a part of the class between 0 and 1, at least one
     seed:int=0 # Seed of the draw
 )->Tensor: # Indices of the labelled images
     "Choose which images have a label, evenly over the classes"
+    if isinstance(per_class, float) and not 0<per_class<=1: raise ValueError(f"per_class={per_class}: pass a whole number of labels, or a part of each class between 0 and 1")
+    if per_class<=0: raise ValueError(f"per_class={per_class}: pass at least one label a class")
     rng,ids = np.random.RandomState(seed),[]
     for c in y.unique():
         of_c = (y==c).nonzero()[:,0].numpy()
@@ -41,8 +43,7 @@ def lowshot_scores(
         return logistic_classifier(train_feats[i], train_y[i], C, standardize_by=train_feats).score(test_feats.numpy(), test_y.numpy())
     return np.array([one(s) for s in range(draws)])
 
-
-@delegates(extract_features, but=['dl'])
+@delegates(split_features)
 def lowshot_accuracy(
     model:Learner|nn.Module, # What `extract_features` takes
     dls:DataLoaders, # Labelled: fitted on a few of the first loader, tested on the second
@@ -52,6 +53,6 @@ def lowshot_accuracy(
     **kwargs
 )->tuple: # Mean and standard deviation over the draws
     "Accuracy of a logistic regression on a few labels"
-    (ftr,ytr),(fte,yte) = (labelled_features(model, dl, **kwargs) for dl in (dls[0],dls[1]))
+    ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
     s = lowshot_scores(ftr, ytr, fte, yte, per_class, draws, C)
     return s.mean(),s.std()

@@ -13,7 +13,7 @@ from .knn import *
 from .linear import *
 from .lowshot import *
 
-# %% ../../nbs/18_evaluation.table.ipynb #1a592d95
+# %% ../../nbs/18_evaluation.table.ipynb #140971f2
 def probe_table(
     models:dict, # Name of a row to what `extract_features` takes, or to a tuple of it and 'teacher' or 'student'
     dls:DataLoaders, # Labelled: trained on the first loader, tested on the second
@@ -25,7 +25,7 @@ def probe_table(
     rows = {}
     for name,m in progress_bar(models.items(), leave=False) if progress else models.items():
         m,who = m if isinstance(m, tuple) else (m,'teacher')
-        (ftr,ytr),(fte,yte) = (labelled_features(m, dl, who=who) for dl in (dls[0],dls[1]))
+        ftr,ytr,fte,yte = split_features(m, dls, who=who)
         few = [100*lowshot_scores(ftr, ytr, fte, yte, n, draws) for n in (1,.1)]
         rows[name] = {f'{k}-NN': f'{100*accuracy_of(knn_classifier(ftr, ytr, fte, k), yte):.1f}',
                       'linear': f'{100*logistic_classifier(ftr, ytr).score(fte.numpy(), yte.numpy()):.1f}'
