@@ -10,6 +10,7 @@ from .checkpoints import *
 from .evaluation.knn import *
 from .evaluation.linear import *
 from .evaluation.lowshot import *
+from .evaluation.retrieval import *
 from .evaluation.table import *
 from .monitors import *
 from .vision.core import *
