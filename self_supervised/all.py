@@ -11,6 +11,7 @@ from .evaluation.knn import *
 from .evaluation.linear import *
 from .evaluation.lowshot import *
 from .evaluation.retrieval import *
+from .evaluation.copydetection import *
 from .evaluation.table import *
 from .monitors import *
 from .vision.core import *
