@@ -10,9 +10,13 @@ from .checkpoints import *
 from .evaluation.knn import *
 from .evaluation.linear import *
 from .evaluation.lowshot import *
+from .evaluation.finetune import *
 from .evaluation.retrieval import *
 from .evaluation.copydetection import *
+from .evaluation.video import *
+from .evaluation.segmentation import *
 from .evaluation.table import *
+from .evaluation.unlabelled import *
 from .monitors import *
 from .vision.core import *
 from .vision.dino import *

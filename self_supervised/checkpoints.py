@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #566b4d95
+# %% ../nbs/07_checkpoints.ipynb #688d36e2
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -59,19 +59,36 @@ def export_encoder(
         print(f"timm.create_model({call}, checkpoint_path='{file}'{norm})" if args else f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
     return file
 
+def _build(meta, file):
+    "The encoder of timm's arguments in `meta`"
+    if 'args' not in meta: raise ValueError(f"{file} holds the weights of a {meta.get('arch','module')} that timm does not know: pass the module as encoder=")
+    args = dict(meta['args'])
+    return create_encoder(args.pop('model_name'), n_in=args.pop('in_chans'), **{k:v for k,v in args.items() if k!='num_classes'})
+
+def _from_run(file, who):
+    "Weights and metadata of an encoder in a checkpoint of `RunCheckpoint`"
+    try: run = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f"{file} is no checkpoint that can be read safely ({str(e).splitlines()[0]})") from e
+    if not isinstance(run, dict) or not {'model','epoch'}<=set(run): raise ValueError(f"{file} is no checkpoint of a run: pass a file that export_encoder or RunCheckpoint wrote")
+    state = {k.split('.0.encoder.',1)[1]:v for k,v in run['model'].items() if k.startswith(f'{who}.0.encoder.')}
+    if not state: raise ValueError(f"{file} holds no {who}: it has {', '.join(sorted({k.split('.')[0] for k in run['model']}))}")
+    return state, {k:v for k,v in dict(args=run.get('encoder'), mean=run['model'].get('mean'), std=run['model'].get('std')).items() if v is not None}
+
 def load_encoder(
-    file:str|Path, # What `export_encoder` wrote
-    encoder:nn.Module|None=None # The module to fill, where it was no timm model
+    file:str|Path, # What `export_encoder` wrote, or a checkpoint of `RunCheckpoint` (.pth)
+    encoder:nn.Module|None=None, # The module to fill, where it was no timm model
+    who:str='teacher' # Whose encoder, of a checkpoint: 'teacher' or 'student'
 )->nn.Module: # The encoder, in evaluation mode, with its statistics as `mean` and `std`
-    "Build the encoder that was exported, and load its weights, all of them or none"
-    with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
-    if encoder is None:
-        if 'args' not in meta: raise ValueError(f"{file} holds the weights of a {meta.get('arch','module')} that timm does not know: pass the module as encoder=")
-        args = json.loads(meta['args'])
-        encoder = create_encoder(args.pop('model_name'), n_in=args.pop('in_chans'), **{k:v for k,v in args.items() if k!='num_classes'})
+    "Build the encoder that was exported or saved, and load its weights, all of them or none"
+    if not Path(file).is_file(): raise ValueError(f"{file} is no file: pass a .safetensors file that export_encoder wrote, or a checkpoint of a run (.pth)")
+    if Path(file).suffix=='.safetensors':
+        with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
+        meta = {k: v if k=='arch' else json.loads(v) for k,v in meta.items() if k in ('arch','args','mean','std')}
+    else: state,meta = _from_run(file, who)
+    if encoder is None: encoder = _build(meta, file)
     encoder.load_state_dict(state)
     for k in ('mean','std'):
-        if k in meta: setattr(encoder, k, torch.tensor(json.loads(meta[k])))
+        if k in meta: setattr(encoder, k, torch.as_tensor(meta[k]))
     return encoder.eval()
 
 # %% ../nbs/07_checkpoints.ipynb #a159b209
@@ -115,7 +132,7 @@ def peek(
         b = dl.new(bs=min(n,dl.n), shuffle=shuffle, drop_last=False).one_batch() if isinstance(dl, DataLoader) else first(dl)
         return tuple(to_device(b if isinstance(b, (tuple,list)) else (b,), getattr(dls,'device',None)))
 
-# %% ../nbs/07_checkpoints.ipynb #d80ac3a4
+# %% ../nbs/07_checkpoints.ipynb #8307376e
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -176,7 +193,7 @@ class RunCheckpoint(Callback):
         self.trained = False
         scaler,smooth = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss
         state = _plain(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epoch=self.epoch+1, args=self.run_args,
-                            scaler=scaler.state_dict() if scaler else None, random=random_state(self.dls), smooth_loss=(smooth.val, smooth.count)))
+                            encoder=getattr(encoder_of(self.model), 'timm_args', None), scaler=scaler.state_dict() if scaler else None, random=random_state(self.dls), smooth_loss=(smooth.val, smooth.count)))
         files = [self.file] + ([self.folder/f'checkpoint{self.epoch+1:04d}.pth'] if self.keep_every and (self.epoch+1)%self.keep_every==0 else [])
         for f in files:
             with atomic_path(f) as tmp: torch.save(state, tmp)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'patch_size', 'whole_patches',
-           'attention_maps', 'vit_tokens']
+           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'patch_size', 'has_class_token',
+           'whole_patches', 'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #c9b45f7e
 from fastai.vision.all import *
@@ -153,7 +153,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #7c279fec
+# %% ../nbs/02_encoders.ipynb #c9866f3e
 @contextmanager
 def _plain_attention(attn):
     was = attn.fused_attn
@@ -187,6 +187,12 @@ def patch_size(
     p = getattr(pe, 'patch_size', None)
     return (p,p) if isinstance(p, int) else tuple(p) if p is not None else None
 
+def has_class_token(
+    encoder:nn.Module # Any encoder
+)->bool: # Some vision transformers average their patches instead; registers are no class token
+    "Is there a token that stands for the image?"
+    return getattr(encoder, 'cls_token', None) is not None
+
 def whole_patches(
     x:Tensor, # Images (...,H,W)
     patch:tuple|None # Sides of a patch, as `patch_size` gives them; None: nothing is cut
@@ -205,12 +211,12 @@ def attention_maps(
     "What the class token, or a patch, attends to in the last block (Caron et al. 2021, fig. 1)"
     encoder = encoder_of(encoder)
     full,prefix = last_attention(encoder, x),encoder.num_prefix_tokens
-    if query is None and not prefix: raise ValueError(f"{type(encoder).__name__} has no class token to look from: pass query=(row, column) of a patch")
+    if query is None and not has_class_token(encoder): raise ValueError(f"{type(encoder).__name__} has no class token to look from: pass query=(row, column) of a patch")
     (h,w),(r,c) = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder))),query or (0,0)
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/02_encoders.ipynb #1a71b37a
+# %% ../nbs/02_encoders.ipynb #d5116e9e
 def vit_tokens(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
@@ -220,7 +226,7 @@ def vit_tokens(
     encoder = encoder_of(encoder)
     if not hasattr(encoder, 'get_intermediate_layers'): raise ValueError(f"{type(encoder).__name__} has no tokens: pass a timm vision transformer, such as vit_* or deit_*")
     if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
-    if not encoder.num_prefix_tokens: raise ValueError(f"{type(encoder).__name__} has no class token (it averages its patches): take its features as they come, or another encoder")
+    if not has_class_token(encoder): raise ValueError(f"{type(encoder).__name__} has no class token (it averages its patches): take its features as they come, or another encoder")
     outs  = encoder.get_intermediate_layers(x, n_blocks, norm=True, return_prefix_tokens=True)
     h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
     return torch.stack([pre[:,0] for _,pre in outs]), outs[-1][0].unflatten(1, (h,w))

@@ -14,7 +14,7 @@ from .features import *
 from .checkpoints import *
 from .evaluation.segmentation import *
 
-# %% ../nbs/40_plots.ipynb #2dc407b1
+# %% ../nbs/40_plots.ipynb #8e0fd474
 def history_df(
     src:Learner|str|Path # A learner that was fitted, or the file that `History` or `CSVLogger` wrote
 )->pd.DataFrame: # A row an epoch
@@ -35,16 +35,18 @@ def plot_history(
     others = {}                                                  # the columns of each further picture: k-NN of teacher and student share one
     for c in df:
         if c not in parts+['epoch','time','valid_loss'] and pd.api.types.is_numeric_dtype(df[c]) and df[c].notna().any(): others.setdefault(c.split('_')[0], []).append(c)
-    if axs is None: axs = plt.subplots(1, 1+len(others), figsize=(4.2*(1+len(others)),3), squeeze=False)[1][0]
+    n = len(others)+bool(parts)
+    if axs is None: axs = plt.subplots(1, n, figsize=(4.2*n,3), squeeze=False)[1][0]
     for c in parts: axs[0].plot(df.epoch+1, df[c], label=c.replace('_',' ').replace('kl','KL'))
-    if ln_k is not None: axs[0].axhline(ln_k, color='grey', ls=':', label='ln K: uniform')
-    axs[0].set(title='loss = teacher entropy + KL', xlabel='epoch')
-    axs[0].legend()
-    for ax,(name,cols) in zip(axs[1:], others.items()):
+    if parts:
+        if ln_k is not None: axs[0].axhline(ln_k, color='grey', ls=':', label='ln K: uniform')
+        axs[0].set(title='loss = teacher entropy + KL', xlabel='epoch')
+        axs[0].legend()
+    for ax,(name,cols) in zip(axs[bool(parts):], others.items()):
         for c in cols:                                           # k-NN may be measured every few epochs
             m = df[c].notna()
             ax.plot(df.epoch[m]+1, df[c][m], label={'knn':'teacher','knn_student':'student'}.get(c, c))
-        ax.set(title=dict(knn='k-NN top-1', rankme='RankMe').get(name, cols[0].replace('_',' ')), xlabel='epoch')
+        ax.set(title=dict(knn='k-NN top-1', rankme='RankMe', alpha='α-ReQ').get(name, cols[0].replace('_',' ')), xlabel='epoch')
         if len(cols)>1: ax.legend()
     return axs
 
