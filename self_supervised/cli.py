@@ -24,7 +24,7 @@ from .vision.core import *
 from .vision.dino import *
 from .plots import *
 
-# %% ../nbs/50_cli.ipynb #4cb77354
+# %% ../nbs/50_cli.ipynb #905fcc94
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
@@ -46,19 +46,18 @@ def run_command(
         ns = vars(parser.parse_args([re.sub('_', '-', o.split('=')[0])+o[len(o.split('=')[0]):] if o.startswith('--') else o for o in args]))
         func(**{k:v for k,v in ns.items() if k not in ('pdb','xtra')})
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped; the same command with --resume goes on from the last epoch", file=sys.stderr)
+        print(f"\n{name}: stopped{getattr(func, 'when_stopped', '')}", file=sys.stderr)
         return 130
     except Exception as e:
         if _no_memory(e):
-            print(f"{name}: out of memory: lower --batch-size-per-gpu (with --grad-accumulation for the same steps), --local-crops-number or --global-crops-size, "
-                  "choose a smaller --arch, or pass --precision bf16", file=sys.stderr)
+            print(f"{name}: out of memory: {getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
             return 1
         if not isinstance(e, (ValueError, OSError, RunFailed)): raise
         print(f"{name}: {_sentence(e)}", file=sys.stderr)
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #37cd5b47
+# %% ../nbs/50_cli.ipynb #0fa4e3fe
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -86,13 +85,6 @@ def _check(args, out):
     if (out/'checkpoint.pth').exists() and not (resume or overwrite):
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, --overwrite to start anew, or another --out")
 
-def _labelled(path, size, bs, num_workers, n_in):
-    path = Path(path)
-    test = first(('test','val','valid'), lambda o: (path/o).is_dir())
-    if not (path/'train').is_dir() or not test: raise ValueError(f"{path} has no train/ and test/ (or val/) of class folders: --labels needs both")
-    return ImageDataLoaders.from_folder(path, train='train', valid=test, item_tfms=SquareCrop(size), bs=bs, num_workers=num_workers, seed=0,
-                                          img_cls=PILImage if n_in==3 else PILImageBW)
-
 _may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq')        # between a run and its resumption
 
 def dino_train(
@@ -104,7 +96,7 @@ def dino_train(
     batch_size_per_gpu:int=64, # Images in a batch
     size:int=256, # Side of the squares that views are cut from, in pixels; of the digits, 16
     n_in:int=3, # Channels: 3 for colour images, 1 to train on grey ones
-    labels:str=None, # Folder with train/ and test/ (or val/) of class folders: k-NN while training, and a table at the end
+    labels:str=None, # Folder with train/ and test/ (or val/) of class folders, or with class folders: k-NN while training, and a table at the end
     seed:int=0, # Seed of everything random
     num_workers:int=None, # Processes that open images (default: one a core, at most 16)
     precision:str=None, # fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)
@@ -148,7 +140,7 @@ def dino_train(
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
     else:
         dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, open_fn=open_rgb if n_in==3 else open_gray)
-        labelled = _labelled(labels, size, bs, num_workers, n_in) if labels else None
+        labelled = labelled_dls(labels, size, bs, crop_pct=1, num_workers=num_workers, n_in=n_in) if labels else None
     enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=drop_path_rate, **_given(patch_size=patch_size))
     sizes = crop_sizes_for(size, enc)
     views = _given(rot90=rot90 or None, min_scales=_pick(global_crops_scale, local_crops_scale, 0, (.5,.3) if demo else (.4,.05)),
@@ -181,6 +173,10 @@ def dino_train(
     h = history_df(out/'history.csv').iloc[-1]
     print(f"{out}: {len(history_df(out/'history.csv'))} epochs, {took:.0f} s, loss {h.train_loss:.3f}" + (f", 20-NN {100*h.knn:.1f}" if 'knn' in h else f", RankMe {h.rankme:.1f}")
           + f"; the encoder is in {out/'encoder.safetensors'}")
+
+dino_train.when_stopped = "; the same command with --resume goes on from the last epoch"
+dino_train.when_full = ("lower --batch-size-per-gpu (with --grad-accumulation for the same steps), --local-crops-number or --global-crops-size, choose a smaller --arch, "
+                        "or pass --precision bf16")
 
 def main():
     "The command `dino_train`"

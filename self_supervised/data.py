@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['open_rgb', 'open_gray', 'SquareCrop', 'ToUnitFloat', 'ReadableDL', 'unlabelled_dls', 'channel_stats', 'DigitsDataset',
-           'digits_dls', 'digits_path']
+           'digits_dls', 'digits_path', 'labelled_dls']
 
 # %% ../nbs/00_data.ipynb #33e3b21f
 from fastai.vision.all import *
@@ -218,3 +218,30 @@ def digits_path(
         fn.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((a*255).round().byte().numpy()).save(fn)
     return path
+
+# %% ../nbs/00_data.ipynb #29ba14eb
+def labelled_dls(
+    path:str|Path, # Folder with train/ and test/, val/ or valid/ of class folders, or with class folders
+    size:int=224, # Side of the square images, in pixels
+    bs:int=64, # Images in a batch
+    crop_pct:float=.875, # Side of the square, as a part of the short side
+    valid_pct:float=.25, # Without a test folder: part of the images to test on
+    seed:int=0, # Seed of that split
+    num_workers:int|None=None, # Processes that open images; default: one a core, at most 16
+    n_in:int=3, # Channels: 3, or 1 for grey images
+    **kwargs # For `ImageDataLoaders.from_folder`: `batch_tfms`, `device`, ...
+)->DataLoaders: # Batches `(x,y)`, x floats (bs,C,size,size) in [0,1]
+    "Labelled images to train and to test a classifier on"
+    path = Path(path)
+    if not path.is_dir(): raise ValueError(f"{path} is no folder: pass one with train/ and test/ of class folders, or with class folders")
+    folders = lambda d: {o.name for o in d.iterdir() if o.is_dir() and not o.name.startswith('.')}
+    test = first(('test','val','valid'), lambda o: (path/o).is_dir())
+    if (path/'train').is_dir() and test:
+        split,lost = dict(train='train', valid=test),folders(path/test)-folders(path/'train')
+        if lost: raise ValueError(f"{path/test} has the class {min(lost)!r}, which {path/'train'} has not: both need the same class folders")
+    else: split = dict(valid_pct=valid_pct)
+    classes = folders(path/'train' if 'train' in split else path)
+    if len(classes)<2:
+        raise ValueError(f"{path} has {len(classes)} class folders: put the images of each class into a folder of its own, in {path} or in {path}/train and {path}/test")
+    tfms = [SquareCrop(round(size/crop_pct))] + ([CropPad(size, order=SquareCrop.order+1)] if crop_pct<1 else [])
+    return ImageDataLoaders.from_folder(path, **split, item_tfms=tfms, bs=bs, num_workers=num_workers, seed=seed, img_cls=PILImage if n_in==3 else PILImageBW, **kwargs)
