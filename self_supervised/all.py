@@ -13,6 +13,7 @@ from .evaluation.lowshot import *
 from .evaluation.finetune import *
 from .evaluation.retrieval import *
 from .evaluation.copydetection import *
+from .evaluation.video import *
 from .evaluation.segmentation import *
 from .evaluation.table import *
 from .evaluation.unlabelled import *
