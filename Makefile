@@ -27,7 +27,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
 test-all: test
-	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow
+	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
 	$(BIN)/python -m pytest -q -m slow tests
 
 # exports the library, writes the notebooks' outputs anew, and README.md

@@ -6,11 +6,12 @@
 __all__ = ['mass_mask', 'jaccard', 'head_jaccards', 'summarise_heads', 'mask_pairs', 'voc_pairs', 'open_labels', 'open_pair',
            'attention_segmentation']
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #7809e60b
+# %% ../../nbs/17_evaluation.segmentation.ipynb #adbbef14
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from ..encoders import *
 from ..features import *
+from .video import *
 
 # %% ../../nbs/17_evaluation.segmentation.ipynb #056146ef
 def mass_mask(
@@ -56,7 +57,7 @@ def summarise_heads(
     heads = torch.stack([o.mean(0) for o in ious]).mean(0)
     return {'best head for each object': torch.stack([o.max(1).values.mean() for o in ious]).mean().item(), 'one head': heads.max().item(), 'head': int(heads.argmax())}
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #413e2b9a
+# %% ../../nbs/17_evaluation.segmentation.ipynb #e23952d1
 def mask_pairs(
     images:str|Path, # Folder of images
     masks:str|Path # Folder of masks with the same names, of any suffix
@@ -88,9 +89,8 @@ def open_labels(
 )->Tensor: # (H,W), int64
     "A map of labels from a file; where there is nothing but 0 and 255, 255 is the object"
     im = Image.open(file)
-    if im.mode not in ('P','L','1','I','I;16'): raise ValueError(f"{file} is an image of mode {im.mode}, not a map of labels: pass masks with one channel, a palette (P) or grey levels (L)")
-    labels = torch.from_numpy(np.array(im).astype(np.int64))
-    return (labels>0).long() if im.mode=='1' or im.mode!='P' and set(labels.unique().tolist())<={0,255} else labels
+    labels = read_mask(im.convert('L') if im.mode=='1' else file).long()
+    return (labels>0).long() if im.mode!='P' and set(labels.unique().tolist())<={0,255} else labels
 
 # %% ../../nbs/17_evaluation.segmentation.ipynb #97a30388
 def open_pair(

@@ -103,7 +103,7 @@ def masks_from_maps(
 def _nearest(mask, size): # by Pillow, as in the reference: torch's rounds a few pixels another way
     return torch.from_numpy(np.array(Image.fromarray(mask.cpu().numpy().astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)))
 
-# %% ../../nbs/16_evaluation.video.ipynb #c8c1f161
+# %% ../../nbs/16_evaluation.video.ipynb #3bc7bcb9
 def _frame(o):
     "A frame as (C,H,W) in [0,1]"
     if not isinstance(o, Tensor): o = torch.from_numpy(np.array((o if isinstance(o, Image.Image) else Image.open(o)).convert('RGB'))).permute(2,0,1)
@@ -139,14 +139,12 @@ def segment_video(
     mask = mask.long().masked_fill(mask==255, 0)
     if not mask.any(): raise ValueError(f"{_named(first_mask)} has no object: pass a mask with labels from 1 to 254 (0 is background, 255 void)")
     hw,dev = mask.shape,next(enc.parameters()).device
-    sz,stats = _input_size(*hw, size, patch),stats and tuple(map(torch.as_tensor, stats)) or norm_stats(model)
+    sz,norm = _input_size(*hw, size, patch),model_norm(model, stats)
     def feats():
         for i,o in enumerate(frames):
             x = _frame(o).to(dev)
             if x.shape[1:]!=hw: raise ValueError(f"{_named(o, f'frame {i}')} has {_px(x.shape[1:])}, {_named(first_mask)} {_px(hw)}: pass frames and a mask of one size")
-            x = F.interpolate(x[None], sz, mode='bilinear')
-            if stats: x = (x-stats[0].to(x)[:,None,None])/stats[1].to(x)[:,None,None]
-            yield vit_tokens(enc, x)[1][0]
+            yield vit_tokens(enc, norm(F.interpolate(x[None], sz, mode='bilinear')))[1][0]
     y = F.one_hot(_nearest(mask, [s//p for s,p in zip(sz, patch)]).long(), int(mask.max())+1).permute(2,0,1)
     with torch.no_grad(), eval_mode(enc): masks = masks_from_maps(propagate(feats(), y, **kwargs), patch, hw)
     masks[0] = mask
@@ -216,7 +214,7 @@ def video_scores(
         rows[o] = {'J&F':(j[0]+f[0])/2} | dict(zip(('J','J recall','J decay'), j)) | dict(zip(('F','F recall','F decay'), f))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('object')
 
-# %% ../../nbs/16_evaluation.video.ipynb #5e3028be
+# %% ../../nbs/16_evaluation.video.ipynb #fccb0d31
 def davis_sequences(
     path:str|Path, # Folder with ImageSets, JPEGImages and Annotations
     split:str='val', # 'train', 'val', 'test-dev', ...: a file of names in ImageSets/`year`
@@ -259,6 +257,6 @@ def video_accuracy(
         if out is not None:
             for f,m in zip(files, pred): write_mask(m, Path(out)/name/f.name)
         rows.append(100*video_scores(pred, torch.stack(true)).rename(lambda i: f'{name}_{i}'))
-    df = pd.concat(rows)
+    df = pd.concat(rows).rename_axis('object')
     df.loc['mean'] = df.mean()
     return df
