@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunFailed', 'run_command', 'dino_train', 'main']
 
-# %% ../nbs/50_cli.ipynb #3d85cbbf
+# %% ../nbs/50_cli.ipynb #ffb0f969
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')             # fastai's, at import
 from fastai.vision.all import *
@@ -20,6 +20,7 @@ from .features import *
 from .checkpoints import *
 from .evaluation.table import *
 from .monitors import *
+from .runs import *
 from .vision.core import *
 from .vision.dino import *
 from .plots import *
