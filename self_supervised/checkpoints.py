@@ -119,14 +119,14 @@ def random_kept(dls=None):
     try: yield
     finally: set_random_state(state, dls)
 
-# %% ../nbs/07_checkpoints.ipynb #37d2eb74
+# %% ../nbs/07_checkpoints.ipynb #fda6742f
 def peek(
     dls, # DataLoaders
     n:int=1, # Images
     shuffle:bool=False # Random ones, or the first?
 )->tuple: # A training batch
     "A few training images, with all random numbers left as they were"
-    dl = dls.train
+    dl = whole_dl(dls.train)
     with random_kept(dls):
         b = dl.new(bs=min(n,dl.n), shuffle=shuffle, drop_last=False).one_batch() if isinstance(dl, DataLoader) else first(dl)
         return tuple(to_device(b if isinstance(b, (tuple,list)) else (b,), getattr(dls,'device',None)))

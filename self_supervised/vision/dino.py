@@ -165,7 +165,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #00fdd281
+# %% ../../nbs/31_vision.dino.ipynb #1cbcea83
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -194,6 +194,8 @@ def dino_learner(
     out_dim:int|None=None, # K, the number of prototypes; default: by the number of images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
+    compile:bool=False, # Compile the encoders of student and teacher? The first batches take minutes, names of weights stay
+    grad_checkpointing:bool=False, # Keep fewer activations of the student and compute them again? A third slower, and room for larger backbones
     **kwargs # For `DINO`, `Learner` and `create_dino_model`, told apart by their names
 )->Learner: # With `learn.dino` and monitors
     "A learner that pretrains `arch` on the images of `dls`; what is not given follows `dino_defaults`"
@@ -216,6 +218,9 @@ def dino_learner(
     if aug_pipelines is None: aug_pipelines = get_dino_aug_pipelines(crop_sizes=crop_sizes_for(size, enc), n_in=n_in, **(dict(stats=(model.mean,model.std)) if n_in==3 else {}))
     dino = DINO(aug_pipelines, **dino_kw)
     with random_kept(): check_sizes(enc, [tuple(v.shape[-2:]) for v in dino.make_views(x)], n_in)
+    if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
+    if compile:
+        for who in ('student','teacher'): encoder_of(model, who).compile()
     dino.auto = {k:getattr(dino,k) for k in _auto if k not in dino_kw}
     n = len(dls.train_ds)
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
@@ -223,13 +228,18 @@ def dino_learner(
     cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
+def _checkpoint_activations(encoder):
+    try: encoder.set_grad_checkpointing(True)
+    except (AttributeError,AssertionError) as e:
+        raise ValueError(f"{type(encoder).__name__} cannot compute activations again: pass grad_checkpointing=False, or a timm backbone that can, such as vit_*, convnext_* or resnet*") from e
+
 def find_bs_of(
     dls:DataLoaders # fastai's or PyTorch's
 )->int: # Images in a training batch
     "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-# %% ../../nbs/31_vision.dino.ipynb #2e6dcd68
+# %% ../../nbs/31_vision.dino.ipynb #e5cf4ffd
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
@@ -245,7 +255,7 @@ def fit_dino(self:Learner,
 ):
     "Fit with warm-up and cosine of the learning rate, a cosine of the weight decay, and AdamW if no optimizer was chosen"
     both,bs,n_proc = self.cbs+L(cbs),find_bs_of(self.dls),max(1,num_distrib())
-    n    = len(self.dls.train) if n_proc==1 else len(JointDL(self.dls.train, 0, n_proc, 'cpu'))       # batches of each process
+    n    = len(self.dls.train) if n_proc==1 else joint_len(len(self.dls.train_ds), bs, n_proc, self.dls.train.drop_last)
     dino = first(both, lambda o: isinstance(o, DINO))
     if dino is None: raise ValueError("fit_dino needs a DINO callback: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
     if n==0: raise ValueError(f"{len(self.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
