@@ -18,7 +18,7 @@ setup(
     keywords         = cfg['keywords'].split(),
     python_requires  = f">={cfg['min_python']}",
     install_requires = cfg['requirements'].split(),
-    extras_require   = {'dev': cfg['dev_requirements'].split()},
+    extras_require   = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
     packages         = find_packages(include=['self_supervised', 'self_supervised.*']),
     entry_points     = {'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['self_supervised=self_supervised._modidx:d']},
     classifiers      = ['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

@@ -7,6 +7,7 @@ from .objectives import *
 from .schedules import *
 from .features import *
 from .checkpoints import *
+from .distributed import *
 from .evaluation.knn import *
 from .evaluation.linear import *
 from .evaluation.lowshot import *
@@ -18,6 +19,7 @@ from .evaluation.segmentation import *
 from .evaluation.table import *
 from .evaluation.unlabelled import *
 from .monitors import *
+from .runs import *
 from .vision.core import *
 from .vision.dino import *
 from .plots import *

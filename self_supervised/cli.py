@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RunFailed', 'run_command', 'dino_train', 'main']
 
-# %% ../nbs/50_cli.ipynb #3d85cbbf
+# %% ../nbs/50_cli.ipynb #760a7d12
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')             # fastai's, at import
 from fastai.vision.all import *
 from fastcore.script import *
 from typing import Annotated
+from contextlib import nullcontext
 import timm.optim
 from .data import *
 from .augmentations import *
@@ -18,13 +19,15 @@ from .encoders import *
 from .schedules import *
 from .features import *
 from .checkpoints import *
+from .distributed import *
 from .evaluation.table import *
 from .monitors import *
+from .runs import *
 from .vision.core import *
 from .vision.dino import *
 from .plots import *
 
-# %% ../nbs/50_cli.ipynb #905fcc94
+# %% ../nbs/50_cli.ipynb #b82ab0d1
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
@@ -44,7 +47,7 @@ def run_command(
     parser.error = lambda msg: (_ for _ in ()).throw(ValueError(f"{msg} (see {name} --help)"))
     try:
         ns = vars(parser.parse_args([re.sub('_', '-', o.split('=')[0])+o[len(o.split('=')[0]):] if o.startswith('--') else o for o in args]))
-        func(**{k:v for k,v in ns.items() if k not in ('pdb','xtra')})
+        with sigterm_as_interrupt(): func(**{k:v for k,v in ns.items() if k not in ('pdb','xtra')})
     except KeyboardInterrupt:
         print(f"\n{name}: stopped{getattr(func, 'when_stopped', '')}", file=sys.stderr)
         return 130
@@ -57,7 +60,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #0fa4e3fe
+# %% ../nbs/50_cli.ipynb #575dda30
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -69,7 +72,7 @@ def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 _ranges = dict(epochs=(1,None), batch_size_per_gpu=(1,None), size=(1,None), grad_accumulation=(1,None), local_crops_number=(0,None), out_dim=(1,None), patch_size=(1,None),
                lr=(0,None), min_lr=(0,None), warmup_epochs=(0,None), weight_decay=(0,None), weight_decay_end=(0,None), clip_grad=(0,None), saveckp_freq=(0,None),
                drop_path_rate=(0,.99), freeze_last_layer=(0,None), momentum_teacher=(0,1), warmup_teacher_temp=(1e-3,None), teacher_temp=(1e-3,None),
-               warmup_teacher_temp_epochs=(0,None), global_crops_size=(1,None), local_crops_size=(1,None), num_workers=(0,None), n_in=(1,None))
+               warmup_teacher_temp_epochs=(0,None), global_crops_size=(1,None), local_crops_size=(1,None), num_workers=(0,None), n_in=(1,None), max_hours=(1e-6,None))
 
 def _check(args, out):
     for k,(low,high) in _ranges.items():
@@ -82,10 +85,10 @@ def _check(args, out):
         raise ValueError(f"--n-in {args['n_in']}: this command opens colour images (3) or grey ones (1); for others call unlabelled_dls with an open_fn")
     if args['labels'] and args['path'] is None: raise ValueError("--labels without --path: the digits have labels of their own; pass --path IMAGES")
     resume,overwrite = args['resume'],args['overwrite']
-    if (out/'checkpoint.pth').exists() and not (resume or overwrite):
+    if any(out.glob('checkpoint*.pth')) and not (resume or overwrite):
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, --overwrite to start anew, or another --out")
 
-_may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq')        # between a run and its resumption
+_may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -125,7 +128,11 @@ def dino_train(
     global_crops_scale:Annotated[float, {'nargs':2}]=None, # Part of the image in a large view, from and to (default: .4 1); .14 1 without small ones
     local_crops_scale:Annotated[float, {'nargs':2}]=None, # Part of the image in a small view, from and to (default: .05 .4)
     local_crops_number:int=None, # Small views (default: 4; the paper has 8)
-    rot90:bool=False # Turn views by quarter turns, for images without an up
+    rot90:bool=False, # Turn views by quarter turns, for images without an up
+    max_hours:float=None, # End in time: after the last epoch that leaves time for one more. The same command with --resume goes on
+    compile:bool=False, # Compile the encoders: minutes at the start, faster after
+    grad_checkpointing:bool=False, # Keep fewer activations and compute them again: room for larger backbones, a third slower
+    sync_bn:bool_arg=None # With several processes: BatchNorm over all of them (default: on GPUs)
 ):
     "Pretrain a backbone with DINO (Caron et al. 2021), and leave a checkpoint, the encoder, the history and pictures in a folder"
     args = dict(locals())
@@ -135,6 +142,8 @@ def dino_train(
     size   = 16 if demo else size
     out    = Path(out or ('runs/digits' if demo and arch=='convnet_mini' else f"runs/{'digits-' if demo else ''}{arch}"))
     _check(args, out)
+    n_proc,rank = max(1, num_distrib()),rank_distrib()
+    if n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
     bs = batch_size_per_gpu
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
@@ -153,18 +162,25 @@ def dino_train(
     every = max(1, epochs//20)
     cbs   = L(KNNMonitor(labelled, min(20,len(labelled.train_ds)), every=every, who=w) for w in ('teacher','student')) if labelled else L()
     if grad_accumulation>1: cbs += GradientAccumulation(grad_accumulation*bs)
-    learn = dino_learner(dls, enc, pipes, out_dim, precision, cbs=cbs, opt_func=_opts[optimizer], path=out, **dino_kw,
+    learn = dino_learner(dls, enc, pipes, out_dim, precision, cbs=cbs, compile=compile, grad_checkpointing=grad_checkpointing, opt_func=_opts[optimizer], path=out, **dino_kw,
                          **_given(use_bn=use_bn_in_head, norm_last_layer=norm_last_layer))
     untrained = deepcopy(encoder_of(learn))
     untrained.mean,untrained.std = learn.model.mean,learn.model.std          # the same images for both
-    _save(learn.dino.show(), out/'views.png')
+    if rank: learn.remove_cb(ProgressCallback)
+    else: _save(learn.dino.show(), out/'views.png')
     n = sum(p.numel() for p in enc.parameters())
-    print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {len(dls.train)} batches of {bs}, "
-          f"{len(pipes)} views, K={learn.model.C.shape[1]}, on {dls.device}")
-    start = time.time()
-    learn.fit_dino(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end),
-                   cbs=[RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change}), History(out/'history.csv', resume)])
-    if any(learn.collapse_monitor.advice['nan'] in o for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
+    if not rank: print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {joint_len(len(dls.train_ds), bs, n_proc, True)} batches of {bs}"
+                       f"{f' in each of {n_proc} processes' if n_proc>1 else ''}, {len(pipes)} views, K={learn.model.C.shape[1]}, on {dls.device}")
+    start,cpu = time.time(),torch.device(dls.device).type=='cpu'
+    keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change})
+    limit = L(TimeLimit(max_hours) if max_hours else None).filter()
+    if n_proc>1: set_seed(seed+rank)                             # the model is the first process's; crops and colours are each one's own
+    with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
+        learn.fit_dino(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume)]+limit)
+    if any('The loss is not a number' in o for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
+    if rank: return
+    if any(o.is_up for o in limit):
+        return print(f"{out}: --max-hours {max_hours:g} is up after {len(history_df(out/'history.csv'))} of {epochs} epochs; the same command with --resume goes on")
     took = time.time()-start
     export_encoder(learn, out/'encoder.safetensors')
     _save(plot_history(out/'history.csv', math.log(learn.model.C.shape[1])), out/'history.png')
@@ -174,7 +190,7 @@ def dino_train(
     print(f"{out}: {len(history_df(out/'history.csv'))} epochs, {took:.0f} s, loss {h.train_loss:.3f}" + (f", 20-NN {100*h.knn:.1f}" if 'knn' in h else f", RankMe {h.rankme:.1f}")
           + f"; the encoder is in {out/'encoder.safetensors'}")
 
-dino_train.when_stopped = "; the same command with --resume goes on from the last epoch"
+dino_train.when_stopped = "; the same command with --resume goes on behind the last epoch that was done"
 dino_train.when_full = ("lower --batch-size-per-gpu (with --grad-accumulation for the same steps), --local-crops-number or --global-crops-size, choose a smaller --arch, "
                         "or pass --precision bf16")
 

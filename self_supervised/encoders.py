@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'last_attention', 'patch_size', 'has_class_token',
+           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size', 'has_class_token',
            'whole_patches', 'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #c9b45f7e
@@ -153,7 +153,16 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #c9866f3e
+# %% ../nbs/02_encoders.ipynb #04725551
+@contextmanager
+def eager(
+    encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
+):
+    "Run a compiled encoder as it is written: for a few images of other sizes compiling takes longer than it saves, and hooks are seen"
+    if getattr(encoder, '_compiled_call_impl', None) is None: yield
+    else:
+        with torch.compiler.set_stance('force_eager'): yield
+
 @contextmanager
 def _plain_attention(attn):
     was = attn.fused_attn
@@ -172,7 +181,7 @@ def last_attention(
     hook = attn.attn_drop.register_forward_pre_hook(lambda m,args: maps.append(args[0]))
     encoder.eval()
     try:
-        with torch.no_grad(), _plain_attention(attn): encoder(x)
+        with torch.no_grad(), _plain_attention(attn), eager(encoder): encoder(x)
     finally:
         hook.remove()
         encoder.train(was)

@@ -40,3 +40,56 @@ def test_a_killed_process_goes_on(tmp_path):
     assert all(torch.equal(v, b[k]) for k,v in a.items())
     ha,hb = (pd.read_csv(tmp_path/o/'history.csv').drop(columns='time') for o in ('whole','cut'))
     pd.testing.assert_frame_equal(ha, hb)
+
+def _command(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', '--local-crops-number', '1', '--batch-size-per-gpu', '256', '--seed', '3', *map(str, args)]
+
+def _cut_and_resume(tmp_path, whole, delay, *args, times=1):
+    "A run that is killed `times` times, each after a moment of its own, against the weights and history of one at one go"
+    for i in range(times):
+        p = subprocess.Popen(_command('--out', tmp_path, *args, *(['--resume'] if i else [])), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay())
+        p.kill()
+        p.wait()
+    subprocess.run(_command('--out', tmp_path, '--resume', *args), check=True, capture_output=True)
+    a,b = (torch.load(o/'checkpoint.pth', weights_only=True) for o in (whole,tmp_path))
+    assert all(torch.equal(v, b['model'][k]) for k,v in a['model'].items()) and str(a['opt'])==str(b['opt'])
+    ha,hb = (pd.read_csv(o/'history.csv').drop(columns='time') for o in (whole,tmp_path))
+    pd.testing.assert_frame_equal(ha, hb)
+    assert not list(tmp_path.glob('.*.tmp'))
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return digits_path(tmp_path_factory.mktemp('digits'))/'test'
+
+def test_killed_twice_with_workers_that_open_files(tmp_path, folder):
+    "Files, two workers: the order of the images and what each view draws go on as well"
+    args = ('--path', folder, '--arch', 'convnet_mini', '--size', '16', '--epochs', '6', '--num-workers', '2')
+    subprocess.run(_command('--out', tmp_path/'whole', *args), check=True, capture_output=True)
+    rng = random.Random(0)
+    _cut_and_resume(tmp_path/'cut', tmp_path/'whole', lambda: rng.uniform(6,14), *args, times=2)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0,2])
+def test_killed_at_fifty_moments(tmp_path, folder, workers):
+    "25 moments with each number of workers, from the imports to the end, checkpoints being written among them"
+    args = ('--path', folder, '--arch', 'convnet_mini', '--size', '16', '--epochs', '12', '--num-workers', workers)
+    subprocess.run(_command('--out', tmp_path/'whole', *args), check=True, capture_output=True)
+    rng = random.Random(workers)
+    for i in range(5): _cut_and_resume(tmp_path/str(i), tmp_path/'whole', lambda: rng.uniform(4,16), *args, times=5)
+
+@pytest.mark.parametrize('sig,code', [(signal.SIGTERM,130),(signal.SIGINT,130)])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code):
+    p = subprocess.Popen(_command('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        time.sleep(.1)
+        if (tmp_path/'checkpoint.pth').exists(): break
+    p.send_signal(sig)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode==code and '--resume' in err and 'Traceback' not in err, err
+    assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch']>=1
+
+def test_a_run_ends_in_time_and_goes_on(tmp_path):
+    out = subprocess.run(_command('--out', tmp_path, '--epochs', '500', '--max-hours', 12/3600), check=True, capture_output=True, text=True).stdout
+    n = len(pd.read_csv(tmp_path/'history.csv'))
+    assert 'the same command with --resume goes on' in out and 1<=n<500 and not (tmp_path/'encoder.safetensors').exists()
+    subprocess.run(_command('--out', tmp_path, '--epochs', n+1, '--resume'), check=True, capture_output=True)
+    assert len(pd.read_csv(tmp_path/'history.csv'))==n+1 and (tmp_path/'encoder.safetensors').exists()

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['MultiView', 'split_forward', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb']
 
-# %% ../../nbs/30_vision.core.ipynb #a68f8de3
+# %% ../../nbs/30_vision.core.ipynb #ee27e74e
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision, AMPMode
 from ..augmentations import *
 from ..checkpoints import *
+from ..distributed import *
 from ..encoders import *
 from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #60666823
+# %% ../../nbs/30_vision.core.ipynb #0440574f
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -29,6 +30,7 @@ class MultiView(Callback):
     def before_fit(self):
         if self.aside: return
         self._check_dls()
+        joint_dls(self.dls)
         if self.learn.loss_func!=self.lf: self.old_lf,self.learn.loss_func = self.learn.loss_func,self.lf   # Ctrl-C may have left ours there
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self.learn.teacher_feats,self.learn.view_stats = None,None
@@ -77,7 +79,7 @@ class MultiView(Callback):
         "The views of a batch of training images, without touching the run"
         with random_kept(): return show_views(peek(self.dls, n, shuffle=True)[0], self.aug_pipelines, n, **kwargs)
 
-# %% ../../nbs/30_vision.core.ipynb #2bc46176
+# %% ../../nbs/30_vision.core.ipynb #55fda032
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -141,11 +143,7 @@ class TeacherStudent(MultiView):
     def after_step(self):
         if not self.skipped:
             ema_update(self.nets.teacher, self.nets.student, self.tmom)
-            total,n = self.out_sum,self.out_n
-            if num_distrib()>1:
-                total,n = total.clone(),n*num_distrib()
-                torch.distributed.all_reduce(total)
-            self.nets.C.copy_(update_center(self.nets.C, total/n, self.cmom))
+            self.nets.C.copy_(update_center(self.nets.C, sum_processes(self.out_sum)/(self.out_n*n_processes()), self.cmom))
         self.skipped = False
         self._forget()
 

@@ -8,9 +8,10 @@ __all__ = ['DINOModel', 'native_size', 'create_dino_model', 'clip_per_param', 'D
            'show_views', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper', 'encoder_of',
            'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter',
            'unlabelled_dls', 'digits_dls', 'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History',
-           'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
+           'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of',
+           'patch_size']
 
-# %% ../../nbs/31_vision.dino.ipynb #9185714a
+# %% ../../nbs/31_vision.dino.ipynb #323723a6
 from fastai.vision.all import *
 import inspect
 from ..data import *
@@ -21,13 +22,15 @@ from ..objectives import *
 from ..schedules import *
 from ..features import *
 from ..checkpoints import *
+from ..distributed import *
 from ..monitors import *
+from ..runs import *
 from .core import *
 
-# %% ../../nbs/31_vision.dino.ipynb #3e0df45e
+# %% ../../nbs/31_vision.dino.ipynb #dbe11fd1
 _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', 'View', 'show_views', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper',
          'encoder_of', 'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls', 'digits_dls',
-         'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
+         'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
 
 # %% ../../nbs/31_vision.dino.ipynb #4cd03ca0
 class DINOModel(Module):
@@ -97,7 +100,7 @@ def create_dino_model(
     stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return DINOModel(nn.Sequential(MultiCropWrapper(enc), DINOHead(nf, out_dim, **head)), stats=stats)
 
-# %% ../../nbs/31_vision.dino.ipynb #c2545fe5
+# %% ../../nbs/31_vision.dino.ipynb #6d989c12
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -153,7 +156,7 @@ class DINO(TeacherStudent):
         self.sums,self.n_seen = 0.,0
     def after_train(self):
         if not self.n_seen: return
-        loss,entropy = (self.sums/self.n_seen).tolist()
+        loss,entropy = (sum_processes(self.sums)/(self.n_seen*n_processes())).tolist()
         self.learn.view_stats = dict(loss=loss, entropy=entropy, kl=loss-entropy, ln_k=math.log(self.nets.C.shape[1]))
 
     def before_step(self):
@@ -162,7 +165,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #00fdd281
+# %% ../../nbs/31_vision.dino.ipynb #1cbcea83
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -191,6 +194,8 @@ def dino_learner(
     out_dim:int|None=None, # K, the number of prototypes; default: by the number of images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
+    compile:bool=False, # Compile the encoders of student and teacher? The first batches take minutes, names of weights stay
+    grad_checkpointing:bool=False, # Keep fewer activations of the student and compute them again? A third slower, and room for larger backbones
     **kwargs # For `DINO`, `Learner` and `create_dino_model`, told apart by their names
 )->Learner: # With `learn.dino` and monitors
     "A learner that pretrains `arch` on the images of `dls`; what is not given follows `dino_defaults`"
@@ -213,6 +218,9 @@ def dino_learner(
     if aug_pipelines is None: aug_pipelines = get_dino_aug_pipelines(crop_sizes=crop_sizes_for(size, enc), n_in=n_in, **(dict(stats=(model.mean,model.std)) if n_in==3 else {}))
     dino = DINO(aug_pipelines, **dino_kw)
     with random_kept(): check_sizes(enc, [tuple(v.shape[-2:]) for v in dino.make_views(x)], n_in)
+    if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
+    if compile:
+        for who in ('student','teacher'): encoder_of(model, who).compile()
     dino.auto = {k:getattr(dino,k) for k in _auto if k not in dino_kw}
     n = len(dls.train_ds)
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
@@ -220,13 +228,18 @@ def dino_learner(
     cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
+def _checkpoint_activations(encoder):
+    try: encoder.set_grad_checkpointing(True)
+    except (AttributeError,AssertionError) as e:
+        raise ValueError(f"{type(encoder).__name__} cannot compute activations again: pass grad_checkpointing=False, or a timm backbone that can, such as vit_*, convnext_* or resnet*") from e
+
 def find_bs_of(
     dls:DataLoaders # fastai's or PyTorch's
 )->int: # Images in a training batch
     "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-# %% ../../nbs/31_vision.dino.ipynb #38582723
+# %% ../../nbs/31_vision.dino.ipynb #e5cf4ffd
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
@@ -241,12 +254,13 @@ def fit_dino(self:Learner,
     cbs:list|None=None # More callbacks for this fit
 ):
     "Fit with warm-up and cosine of the learning rate, a cosine of the weight decay, and AdamW if no optimizer was chosen"
-    both,bs,n = self.cbs+L(cbs),find_bs_of(self.dls),len(self.dls.train)
+    both,bs,n_proc = self.cbs+L(cbs),find_bs_of(self.dls),max(1,num_distrib())
+    n    = len(self.dls.train) if n_proc==1 else joint_len(len(self.dls.train_ds), bs, n_proc, self.dls.train.drop_last)
     dino = first(both, lambda o: isinstance(o, DINO))
     if dino is None: raise ValueError("fit_dino needs a DINO callback: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
     if n==0: raise ValueError(f"{len(self.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
     acc = first(both, lambda o: isinstance(o, GradientAccumulation))
-    n_acc,n_proc = math.ceil(acc.n_acc/bs) if acc else 1,max(1,num_distrib())
+    n_acc = math.ceil(acc.n_acc/bs) if acc else 1
     d = _paper if dino.auto is None else dino_defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch, total_params(encoder_of(self))[0])
     for k,v in (dino.auto or {}).items():
         if getattr(dino, k)!=v: continue                         # somebody has set it since
@@ -263,5 +277,6 @@ def fit_dino(self:Learner,
     try: self.fit(n_epoch, lr, cbs=L(ParamScheduler(scheds))+L(cbs), start_epoch=start_epoch)
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
         self.logger = logger
+        self.model = get_model(self.model)
         if self.loss_func==dino.lf: self.loss_func = dino.old_lf
         if hasattr(getattr(self,'mixed_precision',None), 'leave'): self.mixed_precision.leave()

@@ -1,0 +1,113 @@
+"Several processes on one machine, against one process with the joint batch"
+import json, socket, subprocess, sys
+import pytest
+from fastai.vision.all import *
+from self_supervised.vision.dino import *
+from helpers import *
+
+TRAIN = """
+import sys; sys.path.insert(0, {tests!r})
+from helpers import *
+from fastai.distributed import *
+from self_supervised.all import *
+torch.set_num_threads(1)
+torch.set_default_dtype(torch.float64)
+rank,out = int(os.environ['RANK']),Path({out!r})
+{body}
+"""
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def launch(tmp_path, n, body, check=True):
+    "Run `body` in n processes with the variables that torchrun sets; what each leaves in `out`"
+    code = TRAIN.format(tests=str(Path(__file__).parent), out=str(tmp_path), body=body)
+    env  = os.environ | dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), OMP_NUM_THREADS='1')
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env=env|dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
+    outs = [p.communicate(timeout=240) for p in ps]
+    if check: assert [p.returncode for p in ps]==[0]*n, outs[0][1][-3000:]+outs[-1][1][-3000:]
+    return ps,outs
+
+FIT = """
+dls   = row_dls(26, {bs}, shuffle=True, n_valid=4)
+learn = Learner(dls, mlp_model(seed=rank), loss_func=noop, cbs=[DINO(FixedViews(), freeze_last_layer=1)] + ([GradientAccumulation({acc}*{bs})] if {acc}>1 else []))
+dls.train.rng = random.Random(rank)                              # each would shuffle in its own way
+fit   = partial(learn.fit_dino, 3, .05, warmup_epochs=1)
+with learn.no_bar(), learn.no_logging():
+    if {n}>1:
+        with learn.distrib_ctx(cpu=True, sync_bn=False): fit()
+    else: fit()
+torch.save(dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), values=learn.recorder.values, lrs=learn.recorder.lrs, loss=learn.loss_func is noop, dl=type(learn.dls.train).__name__), out/f'{n}.{{rank}}')
+"""
+
+@pytest.mark.parametrize('n,acc', [(2,1),(2,2),(3,1),(3,2)])
+def test_processes_train_as_one_with_the_joint_batch(tmp_path, n, acc):
+    launch(tmp_path, n, FIT.format(n=n, bs=2, acc=acc))
+    launch(tmp_path, 1, FIT.format(n=1, bs=2*n, acc=acc))
+    one,ranks = torch.load(tmp_path/'1.0', weights_only=False),[torch.load(tmp_path/f'{n}.{r}', weights_only=False) for r in range(n)]
+    for r in ranks:
+        for k,v in ranks[0]['model'].items(): assert torch.equal(r['model'][k], v), k          # the same in all processes, to the last bit
+    for k,v in one['model'].items(): torch.testing.assert_close(ranks[0]['model'][k], v, rtol=1e-6, atol=1e-9)
+    assert max((one['model'][k]-v).abs().max() for k,v in mlp_model(seed=0).double().state_dict().items() if k.startswith('student'))>1e-3      # it moved
+    torch.testing.assert_close(torch.tensor(ranks[0]['lrs']), torch.tensor(one['lrs']))
+    for a,b in zip(ranks[0]['values'], one['values']): np.testing.assert_allclose([v for v in a if v is not None][:1]+list(a[-2:]), [v for v in b if v is not None][:1]+list(b[-2:]), rtol=1e-5)
+    assert ranks[0]['dl']=='DataLoader' and ranks[0]['loss'] and one['loss']                      # all is put back
+
+MONITORED = """
+torch.set_default_dtype(torch.float32)
+set_seed(0)
+learn = digits_learner(0, n_train=256, path=out, holdout='test')
+set_seed(rank)
+learn.knn_monitor.every = 1
+with learn.no_bar():
+    with learn.distrib_ctx(cpu=True, sync_bn=False):
+        learn.fit_dino(2, cbs=[RunCheckpoint(out/'run'), History(out/'run'/'history.csv')])
+        f,y = shared_features(learn, learn.dls.valid)
+        g,_ = extract_features(learn, learn.dls.valid)
+        assert torch.allclose(f, g, atol=1e-5) and torch.equal(y, learn.dls.valid_ds.y)
+torch.save((learn.recorder.values, learn.model.state_dict()), out/f'values.{rank}')
+"""
+
+def test_monitors_speak_for_all_and_only_one_writes(tmp_path):
+    launch(tmp_path, 2, MONITORED)
+    (a,ma),(b,mb) = (torch.load(tmp_path/f'values.{r}', weights_only=False) for r in (0,1))
+    names = pd.read_csv(tmp_path/'run'/'history.csv')
+    assert len(names)==2 and sorted(f.name for f in (tmp_path/'run').ls(file_exts=None))==['checkpoint-1.pth','checkpoint.pth','history.csv']
+    np.testing.assert_allclose([[v for v in r if v is not None] for r in a], [[v for v in r if v is not None] for r in b], rtol=1e-5)
+    assert all(torch.equal(v, mb[k]) for k,v in ma.items() if k.startswith('teacher') and 'running' not in k)
+    assert len(torch.load(tmp_path/'run'/'checkpoint.pth', weights_only=True)['random'])==2
+
+RESUMED = """
+torch.set_default_dtype(torch.float32)
+class Stop(Callback):
+    order = 200
+    def after_epoch(self):
+        if self.epoch==1 and {stop}: raise KeyboardInterrupt
+learn = digits_learner(0, n_train=256, path=out)
+set_seed(rank+{seed})
+try:
+    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit_dino(3, cbs=[RunCheckpoint(out/'{name}', resume={resume}), Stop()])
+except KeyboardInterrupt: pass
+"""
+
+def test_a_run_of_two_processes_resumes_to_the_last_bit(tmp_path):
+    launch(tmp_path, 2, RESUMED.format(stop=False, seed=0, name='whole', resume=False))
+    launch(tmp_path, 2, RESUMED.format(stop=True, seed=0, name='cut', resume=False))
+    launch(tmp_path, 2, RESUMED.format(stop=False, seed=5, name='cut', resume=True))
+    a,b = (torch.load(tmp_path/o/'checkpoint.pth', weights_only=True)['model'] for o in ('whole','cut'))
+    for k,v in a.items(): assert torch.equal(v, b[k]), k
+
+NAN = """
+learn = Learner(row_dls(16, 2), mlp_model(), loss_func=noop, cbs=[DINO(FixedViews()), CollapseMonitor()], path=out)
+if rank==1: learn.dls.train_ds.x[6] = math.nan
+with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit_dino(2, .05, warmup_epochs=1)
+assert len(learn.recorder.values)==0 and len(learn.collapse_monitor.messages)==1, learn.collapse_monitor.messages
+assert all(p.isfinite().all() for p in learn.model.parameters())
+"""
+
+def test_all_stop_where_one_loses_its_loss(tmp_path):
+    launch(tmp_path, 2, NAN)
+    rep = torch.load(tmp_path/'nonfinite_1.pth', weights_only=True)
+    assert not (tmp_path/'nonfinite.pth').exists() and rep['epoch']==0 and rep['temperatures']['tps']==.1 and len(rep['views'])==3
