@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['atomic_path', 'export_encoder', 'load_encoder', 'random_state', 'set_random_state', 'random_kept', 'peek', 'no_fit']
 
-# %% ../nbs/07_checkpoints.ipynb #cc5f6ee3
+# %% ../nbs/07_checkpoints.ipynb #fd0195be
 from fastai.vision.all import *
 from contextlib import contextmanager
 import json
 import timm
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #688d36e2
+# %% ../nbs/07_checkpoints.ipynb #e2337c05
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -50,7 +50,7 @@ def export_encoder(
     args = getattr(enc, 'timm_args', None)
     meta = dict(args=args, img_size=nested_attr(enc, 'patch_embed.img_size'), n_in=(args or {}).get('in_chans'),
                 mean=stats and _rounded(stats[0]), std=stats and _rounded(stats[1]))
-    meta = {'arch': (args or {}).get('model_name', type(enc).__name__)} | {k:json.dumps(v) for k,v in meta.items() if v is not None}
+    meta = {'arch': (args or {}).get('model_name', type(enc).__name__), 'who': who} | {k:json.dumps(v) for k,v in meta.items() if v is not None}
     with atomic_path(file) as tmp: save_file({k:v.detach().cpu().contiguous().clone() for k,v in enc.state_dict().items()}, tmp, meta)
     if verbose:
         call = ', '.join([repr(args['model_name'])] + [f'{k}={v!r}' for k,v in args.items() if k!='model_name']) if args else None
@@ -79,9 +79,13 @@ def load_encoder(
     who:str='teacher' # Whose encoder, of a checkpoint: 'teacher' or 'student'
 )->nn.Module: # The encoder, in evaluation mode, with its statistics as `mean` and `std`
     "Build the encoder that was exported or saved, and load its weights, all of them or none"
+    if who not in ('teacher','student'): raise ValueError(f"who={who!r}: pass 'teacher' or 'student'")
     if not Path(file).is_file(): raise ValueError(f"{file} is no file: pass a .safetensors file that export_encoder wrote, or a checkpoint of a run (.pth)")
     if Path(file).suffix=='.safetensors':
-        with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
+        try:
+            with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
+        except SafetensorError as e: raise ValueError(f"{file} is damaged, or no .safetensors file ({e}): export the encoder again") from e
+        if who=='student' and meta.get('who')!='student': raise ValueError(f"{file} holds the teacher's encoder: pass a checkpoint of the run for the student's, or leave who out")
         meta = {k: v if k=='arch' else json.loads(v) for k,v in meta.items() if k in ('arch','args','mean','std')}
     else: state,meta = _from_run(file, who)
     if encoder is None: encoder = _build(meta, file)

@@ -27,11 +27,11 @@ from .vision.core import *
 from .vision.dino import *
 from .plots import *
 
-# %% ../nbs/50_cli.ipynb #b82ab0d1
+# %% ../nbs/50_cli.ipynb #10e10280
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
-    return re.sub(r'^(\w+Error): ', '', line)
+    return re.sub(r'^[\w.]*(Error|Exception): ', '', line)
 
 def _no_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
 

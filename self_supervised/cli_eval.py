@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['open_encoder', 'dino_eval', 'dino_attention', 'eval_main', 'attention_main']
 
-# %% ../nbs/51_cli_eval.ipynb #8687ed1b
+# %% ../nbs/51_cli_eval.ipynb #021327f6
 from .cli import *
 from fastai.vision.all import *
 from typing import Annotated
-import json, platform
+import inspect, json, platform
 import timm
 from .data import *
 from .encoders import *
@@ -26,7 +26,7 @@ from .evaluation.segmentation import *
 from .evaluation.unlabelled import *
 from .plots import *
 
-# %% ../nbs/51_cli_eval.ipynb #e7dc51a0
+# %% ../nbs/51_cli_eval.ipynb #9ecd22fa
 def open_encoder(
     src:str|Path, # A file of `export_encoder`, a checkpoint or a folder of a run, a timm name, or 'pixels'
     pretrained:bool=False, # Of a timm name: its released weights?
@@ -35,16 +35,17 @@ def open_encoder(
 )->nn.Module: # In evaluation mode
     "The encoder that the command line names"
     path = Path(src)
+    if who not in ('teacher','student'): raise ValueError(f"--who {who}: pass teacher or student")
     if str(src)=='pixels': return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     if path.is_dir():
-        found = first((path/o for o in ('encoder.safetensors','checkpoint.pth')), Path.is_file)
-        if not found or who=='student': found = path/'checkpoint.pth'
-        return load_encoder(found, who=who)
+        found = path/'encoder.safetensors'
+        return load_encoder(found if found.is_file() and who=='teacher' else path/'checkpoint.pth', who=who)
     if path.suffix in ('.safetensors','.pth') or path.is_file(): return load_encoder(path, who=who)
     if not timm.is_model(str(src)): raise ValueError(f"--encoder {src}: there is no such file or folder, and timm has no model of that name")
+    if pretrained and not timm.is_model_pretrained(str(src)): raise ValueError(f"--pretrained: timm has no released weights of {src}; leave it out for an untrained network")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/51_cli_eval.ipynb #ec047530
+# %% ../nbs/51_cli_eval.ipynb #5bf83bb8
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
@@ -61,31 +62,34 @@ def _common(a): return dict(groups=partial(_group_of, a.groups) if a.groups else
 def _knn(enc, a):
     ftr,ytr,fte,yte = split_features(enc, _dls(a), **_common(a))
     ks     = [k for k in a.k if k<=len(ftr)] if a.k==_defaults['k'] else a.k
-    scores = knn_classifier(ftr, ytr, fte, ks or [len(ftr)], a.temperature, int(max(ytr.max(), yte.max()))+1)
-    return pd.DataFrame({k: {f'top-{t}': _pct(accuracy_of(s, yte, t)) for t in (1,5)} for k,s in scores.items()}).T.rename_axis('k')
+    scores = knn_classifier(ftr, ytr, fte, ks or [len(ftr)], a.temperature, int(max(ytr.max(), yte.max()))+1, device=a.device)
+    return pd.DataFrame({k: {f'top-{t}': _pct(accuracy_of(s, yte, min(t,k))) for t in (1,5)} for k,s in scores.items()}).T.rename_axis('k')
 
 def _linear(enc, a):
     dls = _dls(a)
     if a.linear_weights:
         lin,opts = load_linear_weights(a.linear_weights, enc)
         f,y = labelled_features(enc, dls[1], precision=a.precision, progress=a.progress, **opts)
+        if lin.out_features<=y.max() or lin.in_features!=f.shape[1]:
+            raise ValueError(f"{a.linear_weights} takes {lin.in_features} features to {lin.out_features} classes, but there are {f.shape[1]} features and {len(dls.vocab) if hasattr(dls, 'vocab') else int(y.max())+1} classes: pass the encoder and the data it was trained for")
         return pd.DataFrame({str(a.linear_weights): {f'top-{t}': _pct(accuracy_of(lin.to(f.device)(f), y, t)) for t in (1,5)}}).T.rename_axis('classifier')
-    view  = probe_view(a.size or (16 if a.data is None else 224), a.n_in) if a.augment else None
-    table,_ = linear_probe(enc, dls, tuple(a.n_blocks), (False,True) if a.avgpool else False, tuple(a.lrs), a.epochs or 100, valid_pct=a.valid_pct, augment=view, **_common(a))
-    return table
+    size  = ifnone(a.size, 16 if a.data is None else 224)
+    view  = probe_view(size, a.n_in) if a.augment else None
+    uncut = labelled_dls(a.data, round(size/.875), a.batch_size, crop_pct=1, num_workers=a.num_workers, n_in=a.n_in, seed=a.seed, device=a.device)[0] if a.augment and a.data else None
+    return linear_probe(enc, dls, tuple(a.n_blocks), (False,True) if a.avgpool else False, tuple(a.lrs), ifnone(a.epochs, 100), valid_pct=a.valid_pct, augment=view, augment_dl=uncut, **_common(a))[0]
 
 def _lowshot(enc, a):
     ftr,ytr,fte,yte = split_features(enc, _dls(a), **_common(a))
     rows = {}
     for n in a.labels:
-        s = 100*lowshot_scores(ftr, ytr, fte, yte, n if n<1 else int(n), a.draws)
+        if n>=1 and n!=int(n): raise ValueError(f"--labels {n:g}: pass whole numbers of labels a class, or parts below 1")
+        s = 100*lowshot_scores(ftr, ytr, fte, yte, n if n<1 else int(n), a.draws, seed=a.seed)
         rows[f'{100*n:g}% of the labels' if n<1 else f'{n:g} a class'] = dict(mean=s.mean().round(2), std=s.std().round(2), draws=a.draws)
     return pd.DataFrame(rows).T.astype(dict(draws=int)).rename_axis('labels')
 
 def _finetune(enc, a):
-    if a.groups: raise ValueError("--groups is for knn, linear and lowshot: give finetune train/ and test/ folders that share no group")
     learn = finetune_learner(_dls(a, **({} if a.data is None else dict(batch_tfms=aug_transforms()))), enc)
-    with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging(): learn.fine_tune(a.epochs or 5, a.lr)
+    with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging(): learn.fine_tune(ifnone(a.epochs, 5), a.lr)
     return pd.DataFrame([[i+1,_pct(v[-1])] for i,v in enumerate(learn.recorder.values)], columns=['epoch','top-1']).set_index('epoch')
 
 def _retrieval(enc, a):
@@ -107,26 +111,58 @@ def _segmentation(enc, a):
 def _unlabelled(enc, a):
     src = Path(a.encoder)
     saved  = src.is_dir() and any(f.stem[len('checkpoint'):].isdigit() for f in src.glob('checkpoint*.pth'))
-    models = {f'epoch {e}':m.to(a.device) for e,m in run_encoders(src, who=a.who).items()} if saved else {src.name: enc}
+    models = {f'epoch {e}':f for e,f in run_checkpoints(src).items()} if saved else {src.name: enc}
     dl = digits_dls(a.size or 16, a.batch_size, device=a.device)[0] if a.data is None else \
          unlabelled_dls(a.data, a.size or 224, 1, num_workers=a.num_workers, seed=a.seed, device=a.device, open_fn=open_rgb if a.n_in==3 else open_gray).train.new(bs=a.batch_size)
-    return rank_table(models, dl, precision=a.precision, progress=a.progress).round(3)
+    return rank_table(models, dl, a.who, a.device, precision=a.precision, progress=a.progress).round(3)
 
 _protocols = dict(knn=_knn, linear=_linear, lowshot=_lowshot, finetune=_finetune, retrieval=_retrieval, copydetection=_copydetection, video=_video,
                   segmentation=_segmentation, unlabelled=_unlabelled)
 _labelled  = ('knn','linear','lowshot','finetune','unlabelled')
-_defaults  = dict(k=[10,20,100,200])
+_defaults  = dict(k=[10,20,100,200], n_blocks=[1], lrs=[1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.], labels=[1.,.01,.1])
+_common_options = 'pretrained who size n_in num_workers device seed'.split()
+_options = {p: _common_options+o.split() for p,o in dict(                       # what each protocol looks at
+    knn='batch_size precision groups k temperature', linear='batch_size precision groups n_blocks avgpool lrs valid_pct augment linear_weights epochs',
+    lowshot='batch_size precision groups labels draws', finetune='batch_size epochs lr', retrieval='precision benchmark multiscale crop_queries',
+    copydetection='precision distractors whiten_on', video='split masks_out', segmentation='masks objects keep split', unlabelled='batch_size precision').items()}
 
-# %% ../nbs/51_cli_eval.ipynb #d284d367
+def _check(a, given):
+    if a.protocol not in _protocols: raise ValueError(f"{a.protocol} is no protocol: pass one of {', '.join(_protocols)}")
+    if not a.encoder: raise ValueError("which encoder? Pass --encoder FILE, a folder of a run, a timm name, or pixels")
+    if a.data is None and a.protocol not in _labelled: raise ValueError(f"{a.protocol} needs images: pass --data FOLDER")
+    if a.data is not None and not Path(a.data).is_dir(): raise ValueError(f"--data {a.data} is no folder")
+    if a.data is None and a.groups: raise ValueError("--groups without --data: the digits have no files; pass --data FOLDER")
+    if a.data is None and given.get('n_in',3)!=3: raise ValueError("--n-in without --data: the digits have three channels; pass --data FOLDER")
+    for o in given:
+        if o not in _options[a.protocol]:
+            raise ValueError(f"--{o.replace('_','-')} is not for {a.protocol}, but for {', '.join(p for p,os in _options.items() if o in os)}: leave it out")
+    for o,low in dict(size=1, batch_size=1, num_workers=0, epochs=1, draws=1, seed=0, lr=1e-12, temperature=1e-6, n_in=1).items():
+        if a[o] is not None and not low<=a[o]<math.inf: raise ValueError(f"--{o.replace('_','-')} {a[o]}: pass {low} or more")
+
+def _device(name):
+    try: dev = torch.device(ifnone(name, default_device()))
+    except RuntimeError as e: raise ValueError(f"--device {name}: pass cpu, cuda, cuda:1 or mps") from e
+    here = torch.accelerator.current_accelerator()
+    if dev.type!='cpu' and (here is None or here.type!=dev.type): raise ValueError(f"--device {name}: this machine has {'no GPU' if here is None else here.type}; pass {'cpu' if here is None else here.type}")
+    return dev
+
+def _plain(o):
+    "What JSON has a word for: it knows no NaN"
+    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items()}
+    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
+    o = o.item() if isinstance(o, np.generic) else o
+    return None if isinstance(o, float) and not math.isfinite(o) else o if isinstance(o, (int,float,str,bool,type(None))) else str(o)
+
+# %% ../nbs/51_cli_eval.ipynb #1246e247
 def dino_eval(
     protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
-    encoder:str=None, # File of export_encoder, checkpoint or folder of a run, timm name, or pixels
+    encoder:Annotated[str, {'nargs':'+'}]=None, # Files of export_encoder, checkpoints or folders of runs, timm names, pixels: several stand in one table
     data:str=None, # Folder: class folders; of roxford5k/ or rparis6k/; of Copydays or any images; DAVIS; VOC2012 or images. Without it, where classes are needed, the embedded digits
-    out:str=None, # JSON file with table and settings (default: eval_PROTOCOL.json in the folder of the run, or here)
+    out:str=None, # JSON file with table and settings (default: eval_PROTOCOL.json in the folder of the run; eval_PROTOCOL_ENCODER.json here)
     pretrained:bool=False, # Released weights of a timm model
     who:str='teacher', # teacher or student, of a checkpoint
     size:int=None, # Pixels: side of squares (224; digits 16; copydetection 320), longest side (retrieval 512), shortest side (video, segmentation 480)
-    n_in:int=3, # Channels: 3, or 1 for grey images
+    n_in:int=None, # Channels: 3, or 1 for grey images (default: the encoder's)
     batch_size:int=64, # Images in a batch
     num_workers:int=0, # Processes that open images
     precision:str='fp32', # fp32, bf16 or fp16
@@ -159,28 +195,27 @@ def dino_eval(
 ):
     "Measure an encoder by a protocol of the DINO paper: a table, and a JSON file"
     a = AttrDict(locals(), progress=not no_progress)
-    if protocol not in _protocols: raise ValueError(f"{protocol} is no protocol: pass one of {', '.join(_protocols)}")
-    if encoder is None: raise ValueError("which encoder? Pass --encoder FILE, a folder of a run, a timm name, or pixels")
-    if data is None and protocol not in _labelled: raise ValueError(f"{protocol} needs images: pass --data FOLDER")
-    if data is not None and not Path(data).is_dir(): raise ValueError(f"--data {data} is no folder")
-    if data is None and n_in!=3: raise ValueError("--n-in without --data: the digits have three channels; pass --data FOLDER")
-    for nm,default in (_defaults | dict(n_blocks=[1], lrs=[1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.], labels=[1.,.01,.1])).items(): a[nm] = ifnone(a[nm], default)
-    a.device = torch.device(ifnone(device, default_device()))
-    out = Path(out or (Path(encoder) if Path(encoder).is_dir() else Path('.'))/f'eval_{protocol}.json')
+    ps = inspect.signature(dino_eval).parameters
+    _check(a, {o:a[o] for o,p in ps.items() if o not in ('protocol','encoder','data','out','no_progress') and a[o]!=p.default})
+    for nm,default in _defaults.items(): a[nm] = ifnone(a[nm], default)
+    encoders,a.device = [encoder] if isinstance(encoder, str) else list(encoder),_device(device)
+    here = len(encoders)==1 and Path(encoders[0]).is_dir()
+    out  = Path(out or (Path(encoders[0])/f'eval_{protocol}.json' if here else f"eval_{protocol}_{'_'.join(Path(e).stem for e in encoders)}.json"))
     if out.suffix!='.json': raise ValueError(f"--out {out}: pass a name that ends in .json")
-    set_seed(seed)
-    start = time.time()
-    enc   = open_encoder(encoder, pretrained, who, n_in).to(a.device)
-    table = _protocols[protocol](enc, a)
-    res   = dict(protocol=protocol, encoder=str(encoder), data=data or 'the embedded digits', table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
-                 settings={k:str(v) if k=='device' else v for k,v in a.items() if k not in ('protocol','encoder','data','out','progress','no_progress')},
-                 versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
-    with atomic_path(out) as tmp: tmp.write_text(json.dumps(res, indent=1, default=lambda o: o.item()))
+    start,tables = time.time(),{}
+    for e in encoders:
+        set_seed(seed)
+        enc = open_encoder(e, pretrained, who, ifnone(n_in, 3)).to(a.device)
+        tables[e] = _protocols[protocol](enc, AttrDict(a, encoder=e, n_in=ifnone(n_in, channels_of(enc))))
+    table = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
+    res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
+                 settings={o:a[o] for o in _options[protocol]}, versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
+    with atomic_path(out) as tmp: tmp.write_text(json.dumps(_plain(res), indent=1, allow_nan=False))
     print(table.to_string())
-    print(f"{encoder} on {res['data']}, {res['seconds']} s; the table is in {out}")
-dino_eval.when_full = "lower --batch-size or --size, or pass --precision bf16"
+    print(f"{' '.join(encoders)} on {res['data']}, {res['seconds']} s; the table is in {out}")
+dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
 
-# %% ../nbs/51_cli_eval.ipynb #87d6c9bc
+# %% ../nbs/51_cli_eval.ipynb #066ec1a8
 def dino_attention(
     image:str, # Image file, or a folder of frames for a video
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, or timm name
@@ -188,7 +223,7 @@ def dino_attention(
     pretrained:bool=False, # Released weights of a timm model
     who:str='teacher', # teacher or student, of a checkpoint
     size:int=480, # Shortest side that the image is brought to, in pixels; 0: as it is
-    keep:float=.6, # Part of the attention that the masks hold
+    keep:float=None, # Part of the attention that the masks hold (default: .6; a video shows the attention itself)
     query:Annotated[int, {'nargs':2}]=None, # Row and column of a patch whose attention to show (default: the class token's)
     fps:int=10, # Frames a second of a video
     device:str=None # cpu, cuda, ... (default: the GPU, where there is one)
@@ -197,16 +232,19 @@ def dino_attention(
     src = Path(image)
     if encoder is None: raise ValueError("which encoder? Pass --encoder FILE, a folder of a run, or a timm name")
     if not src.exists(): raise ValueError(f"{src} is not there: pass an image file, or a folder of frames")
-    enc = open_encoder(encoder, pretrained, who).to(ifnone(device, default_device()))
+    if src.is_dir() and query: raise ValueError("--query is for one image: leave it out for a folder of frames")
+    enc = open_encoder(encoder, pretrained, who).to(_device(device))
+    n_in = channels_of(enc)
     files = image_files(src) if src.is_dir() else [src]
     out = Path(out or f"{src.stem}_attention.{'gif' if src.is_dir() else 'png'}")
     def opened(f):
-        im = open_image(f).convert('RGB')
+        im = open_image(f, opener(n_in))
         return im.resize([max(size, round(s*size/min(im.size))) for s in im.size], Image.BICUBIC) if size else im
     frames = L(files).map(opened)
-    if src.is_dir(): attention_video(enc, frames, out, fps=fps)
+    if src.is_dir(): attention_video(enc, frames, out, keep=keep, fps=fps)
     else:
         if out.suffix not in ('.png','.pdf','.svg','.jpg'): raise ValueError(f"--out {out}: pass a name that ends in .png, .pdf, .svg or .jpg")
+        keep = ifnone(keep, .6)
         query,n = query and tuple(query),max(2, nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.num_heads', 2))
         fig = plt.figure(figsize=(2*(1+n), 3*(.35+2*frames[0].height/frames[0].width)), layout='constrained')
         axs = fig.subplots(3, 1+n)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size', 'has_class_token',
-           'whole_patches', 'attention_maps', 'vit_tokens']
+           'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'says_what_fits', 'check_sizes', 'encoder_of',
+           'eager', 'last_attention', 'patch_size', 'has_class_token', 'whole_patches', 'attention_maps', 'vit_tokens']
 
-# %% ../nbs/02_encoders.ipynb #c9b45f7e
+# %% ../nbs/02_encoders.ipynb #9b363975
 from fastai.vision.all import *
 from contextlib import contextmanager
+from itertools import chain
 import timm
 from timm.models import register_model
 
@@ -118,19 +119,59 @@ class MultiCropWrapper(Module):
             raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
         return out
 
-# %% ../nbs/02_encoders.ipynb #6b19ec2b
+# %% ../nbs/02_encoders.ipynb #7d2fabcc
+@contextmanager
+def eval_mode(
+    m:nn.Module # A model
+):
+    "`m` in evaluation mode, and each of its modules back in its own mode behind it"
+    was = {o:o.training for o in m.modules()}
+    try: yield m.eval()
+    finally:
+        for o,t in was.items(): o.training = t
+
+def device_of(
+    m:nn.Module # Any module
+)->torch.device: # The CPU where it has no weights
+    "Where a module is"
+    return next(chain(m.parameters(), m.buffers()), torch.zeros(1)).device
+
+def channels_of(
+    encoder:nn.Module # Any encoder
+)->int: # 3 where it does not say
+    "Channels of the images that an encoder takes"
+    return getattr(encoder, 'timm_args', {}).get('in_chans') or nested_attr(encoder, 'patch_embed.proj.in_channels', None) or 3
+
+@contextmanager
+def says_what_fits(
+    encoder:nn.Module, # An encoder that is about to see images
+    x:Tensor # The images (bs,C,H,W)
+):
+    "A sentence where the encoder does not take images of this size or with these channels"
+    name = type(encoder).__name__
+    if nested_attr(encoder, 'num_classes', 0) and hasattr(encoder, 'forward_head'):
+        raise ValueError(f"this {name} ends in a classifier of {encoder.num_classes} classes: make it with create_encoder or num_classes=0, or call its reset_classifier(0)")
+    try: yield
+    except (AssertionError, RuntimeError) as e:
+        c,said = channels_of(encoder),str(e).splitlines()[0] if str(e) else type(e).__name__
+        if x.shape[1]!=c and 'channels' in said: raise ValueError(f"images of {x.shape[1]} channels for an encoder of {c}: open them {'in grey (open_gray)' if c==1 else f'with {c} channels'}") from e
+        if isinstance(e, AssertionError) or 'size' in said and 'memory' not in said:
+            raise ValueError(f"{name} cannot take images of {x.shape[-2]}x{x.shape[-1]} pixels ({said}): choose sides that are multiples of a patch, "
+                             "or make the backbone with create_encoder, which asks timm for one that takes all sizes") from e
+        raise
+
+# %% ../nbs/02_encoders.ipynb #c8d1f1dd
 def check_sizes(
     encoder:nn.Module, # Images in, (bs, features) out
     sizes:list, # Sides of the views, in pixels, or (height, width)
     n_in:int=3 # Channels of the images
 )->int: # Number of features
     "Forward one image of each size; raise a `ValueError` that says what to do where the encoder does not take one"
-    p,was = next(encoder.parameters(), torch.zeros(1)),encoder.training
-    encoder.eval()
+    p = next(encoder.parameters(), torch.zeros(1))
     try:
         for s in dict.fromkeys(sizes):
             h,w = s if isinstance(s, tuple) else (s,s)
-            with torch.no_grad(): out = MultiCropWrapper(encoder)(torch.zeros(2, n_in, h, w, device=p.device, dtype=p.dtype))
+            with torch.no_grad(), eval_mode(encoder): out = MultiCropWrapper(encoder)(torch.zeros(2, n_in, h, w, device=p.device, dtype=p.dtype))
     except (AssertionError, RuntimeError) as e:
         cfg  = getattr(encoder, 'pretrained_cfg', {})
         name = cfg.get('architecture', type(encoder).__name__)
@@ -138,10 +179,9 @@ def check_sizes(
         raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({str(e).splitlines()[0]}). If it takes one size only, give all views that size: "
                          f"get_dino_aug_pipelines(crop_sizes=({own},{own})); or choose a backbone for all sizes, such as vit_*, deit_*, swin_*, convnext_*, "
                          "resnet* or efficientnet_*; sizes must be multiples of a patch") from e
-    finally: encoder.train(was)
     return out.shape[1]
 
-# %% ../nbs/02_encoders.ipynb #3c5ddbaa
+# %% ../nbs/02_encoders.ipynb #7da81692
 def encoder_of(
     x:Learner|nn.Module, # A Learner, a model with `.teacher` and `.student`, `nn.Sequential(MultiCropWrapper(enc), head)`, a wrapper, or an encoder
     who:str='teacher' # Whose encoder, where there are two: 'teacher' or 'student'
@@ -149,11 +189,12 @@ def encoder_of(
     "The encoder inside `x`"
     if who not in ('teacher','student'): raise ValueError(f"who={who!r}: pass 'teacher' or 'student'")
     m = get_model(x.model if isinstance(x, Learner) else x)
+    if not isinstance(m, nn.Module): raise ValueError(f"{m!r} is a {type(m).__name__}: pass a Learner, a model or an encoder; create_encoder makes one from a name, load_encoder from a file")
     m = getattr(m, who, m)
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #04725551
+# %% ../nbs/02_encoders.ipynb #beaced61
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -177,14 +218,11 @@ def last_attention(
     "Attention of the last block between all tokens"
     attn = getattr(nested_attr(encoder, 'blocks', [None])[-1], 'attn', None)
     if not hasattr(attn, 'fused_attn'): raise ValueError(f"{type(encoder).__name__} has no blocks[-1].attn: attention maps need a timm vision transformer")
-    maps,was = [],encoder.training
+    maps = []
     hook = attn.attn_drop.register_forward_pre_hook(lambda m,args: maps.append(args[0]))
-    encoder.eval()
     try:
-        with torch.no_grad(), _plain_attention(attn), eager(encoder): encoder(x)
-    finally:
-        hook.remove()
-        encoder.train(was)
+        with torch.no_grad(), eval_mode(encoder), _plain_attention(attn), eager(encoder), says_what_fits(encoder, x): encoder(x)
+    finally: hook.remove()
     return maps[0]
 
 def patch_size(
@@ -225,17 +263,18 @@ def attention_maps(
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/02_encoders.ipynb #d5116e9e
+# %% ../nbs/02_encoders.ipynb #efd16fd6
 def vit_tokens(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Last blocks
-)->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end, and patch tokens of the last block (bs, H/patch, W/patch, d)
+)->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end (None where there are none), and patch tokens of the last block (bs, H/patch, W/patch, d)
     "Tokens behind the last norm"
     encoder = encoder_of(encoder)
     if not hasattr(encoder, 'get_intermediate_layers'): raise ValueError(f"{type(encoder).__name__} has no tokens: pass a timm vision transformer, such as vit_* or deit_*")
     if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
-    if not has_class_token(encoder): raise ValueError(f"{type(encoder).__name__} has no class token (it averages its patches): take its features as they come, or another encoder")
-    outs  = encoder.get_intermediate_layers(x, n_blocks, norm=True, return_prefix_tokens=True)
+    has = has_class_token(encoder)
+    with says_what_fits(encoder, x): outs = encoder.get_intermediate_layers(x, n_blocks, norm=True, return_prefix_tokens=has)
     h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
+    if not has: return None, outs[-1].unflatten(1, (h,w))
     return torch.stack([pre[:,0] for _,pre in outs]), outs[-1][0].unflatten(1, (h,w))

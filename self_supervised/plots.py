@@ -6,9 +6,10 @@
 __all__ = ['history_df', 'plot_history', 'show_neighbours', 'show_tsne', 'show_attention', 'head_colors', 'heads_overlay',
            'show_heads', 'show_patch_pca', 'attention_video']
 
-# %% ../nbs/40_plots.ipynb #c0ec29cb
+# %% ../nbs/40_plots.ipynb #f7f3413b
 import shutil, tempfile
 from fastai.vision.all import *
+from .data import *
 from .encoders import *
 from .features import *
 from .checkpoints import *
@@ -50,7 +51,7 @@ def plot_history(
         if len(cols)>1: ax.legend()
     return axs
 
-# %% ../nbs/40_plots.ipynb #1cae7461
+# %% ../nbs/40_plots.ipynb #6bb6c7f4
 def show_neighbours(
     feats:Tensor, # Features of all images, (n, d)
     images, # The images: `images[i]` is an image (C,H,W) in [0,1], or a tuple that starts with one
@@ -60,6 +61,7 @@ def show_neighbours(
     axs:np.ndarray|None=None # (queries, 1+k) Axes
 )->np.ndarray: # The Axes
     "Images and their nearest neighbours by cosine similarity, a row each"
+    if k>=len(feats): raise ValueError(f"{len(feats)} images have {len(feats)-1} neighbours each, but k={k}: pass k<={len(feats)-1}")
     f,q = F.normalize(feats, dim=-1),list(queries)
     sim = f[q]@f.T
     sim[range(len(q)),q] = -2                                    # not itself
@@ -102,21 +104,24 @@ def show_tsne(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/40_plots.ipynb #16adec93
+# %% ../nbs/40_plots.ipynb #43f89258
 def _as_images(
-    x # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
+    x, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
+    n_in=3 # Channels that files and Pillow images are opened with
 )->Tensor: # (bs,C,H,W), floats
-    if isinstance(x, (list,tuple,L)): return torch.cat([_as_images(o) for o in x])
-    if isinstance(x, (str,Path)): x = Image.open(x)
-    if isinstance(x, Image.Image): x = image2tensor(PILImage(x.convert('RGB')))
+    if isinstance(x, (list,tuple,L)):
+        xs = [_as_images(o, n_in) for o in x]
+        if len({o.shape[1:] for o in xs})>1: raise ValueError(f"images of {', '.join(sorted({f'{o.shape[-1]}x{o.shape[-2]}' for o in xs}))} pixels: pass images of one size, or one at a time")
+        return torch.cat(xs)
+    if isinstance(x, (str,Path,Image.Image)): x = image2tensor(open_image(x, opener(n_in)).convert('RGB' if n_in==3 else 'L'))
     x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
     return (x if x.ndim==4 else x[None]).float()/(255 if x.dtype==torch.uint8 else 1)
 
-def _for_encoder(encoder, x, stats):
+def _for_encoder(encoder, x, stats, who):
     "The encoder, the images cut to whole patches, and the same normalised on its device"
-    enc = encoder_of(encoder)
-    x   = whole_patches(_as_images(x), patch_size(enc))
-    return enc, x.cpu(), model_norm(encoder, stats)(x.to(next(enc.parameters()).device))
+    enc = encoder_of(encoder, who)
+    x   = whole_patches(_as_images(x, channels_of(enc)), patch_size(enc))
+    return enc, x.cpu(), model_norm(encoder, stats)(x.to(device_of(enc)))
 
 def _grow(m, shape): return m.float().repeat_interleave(shape[-2]//m.shape[-2], -2).repeat_interleave(shape[-1]//m.shape[-1], -1)
 
@@ -126,10 +131,11 @@ def show_attention(
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
     keep:float|None=None, # Show masks that hold this part of the attention, such as .6; None: the attention itself
     query:tuple|None=None, # Row and column of the patch that looks; None: the class token
-    axs:np.ndarray|None=None # (bs, 1+heads) Axes
+    axs:np.ndarray|None=None, # (bs, 1+heads) Axes
+    who:str='teacher' # Whose encoder: 'teacher' or 'student'
 )->np.ndarray: # The Axes
     "Images and the attention of each head, a row each"
-    enc,x,z = _for_encoder(encoder, x, stats)
+    enc,x,z = _for_encoder(encoder, x, stats, who)
     a = attention_maps(enc, z, query).cpu()
     if axs is None: axs = plt.subplots(len(x), 1+a.shape[1], figsize=(1.3*(1+a.shape[1]),1.35*len(x)), squeeze=False)[1]
     for row,(im,heads) in enumerate(zip(x, a)):
@@ -146,7 +152,7 @@ def show_attention(
                 ax.contour(F.pad(mask, (1,1,1,1)), [.5], colors='yellow', linewidths=1, extent=(-1.5,im.shape[2]+.5,-1.5,im.shape[1]+.5))
     return axs
 
-# %% ../nbs/40_plots.ipynb #23dee3cb
+# %% ../nbs/40_plots.ipynb #fc50224c
 def head_colors(
     n:int # Heads
 )->np.ndarray: # (n,3), in [0,1]
@@ -171,10 +177,11 @@ def show_heads(
     x:Tensor|Image.Image, # What `show_attention` takes
     keep:float=.6, # Part of the attention that a mask holds
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    axs:np.ndarray|None=None # (bs, 2) Axes
+    axs:np.ndarray|None=None, # (bs, 2) Axes
+    who:str='teacher' # Whose encoder: 'teacher' or 'student'
 )->np.ndarray: # The Axes
     "Images, and all heads over each in colours (Caron et al. 2021, fig. 3)"
-    enc,x,z = _for_encoder(encoder, x, stats)
+    enc,x,z = _for_encoder(encoder, x, stats, who)
     a = attention_maps(enc, z).cpu()
     if axs is None: axs = plt.subplots(len(x), 2, figsize=(5,2.4*len(x)), squeeze=False)[1]
     for (left,right),im,heads in zip(axs, x, a):
@@ -183,16 +190,17 @@ def show_heads(
     axs[0,1].legend([plt.Rectangle((0,0),1,1, fc=c) for c in head_colors(a.shape[1])], [f'head {h+1}' for h in range(a.shape[1])], fontsize=7, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
-# %% ../nbs/40_plots.ipynb #bc4cf31c
+# %% ../nbs/40_plots.ipynb #f889225c
 def show_patch_pca(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor|Image.Image, # What `show_attention` takes
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    axs:np.ndarray|None=None # (bs, 2) Axes
+    axs:np.ndarray|None=None, # (bs, 2) Axes
+    who:str='teacher' # Whose encoder: 'teacher' or 'student'
 )->np.ndarray: # The Axes
     "Images, and the principal components of their patch tokens as colours"
     from sklearn.decomposition import PCA
-    enc,x,z = _for_encoder(encoder, x, stats)
+    enc,x,z = _for_encoder(encoder, x, stats, who)
     with torch.no_grad(), eval_mode(enc): t = vit_tokens(enc, z)[1].float().cpu()
     if t[...,0].numel()<3: raise ValueError(f"{t[...,0].numel()} patches have no three components: pass larger images, or more")
     c  = torch.from_numpy(PCA(3).fit_transform(t.flatten(0,2).numpy()))
@@ -204,7 +212,7 @@ def show_patch_pca(
         show_image(pc, ctx=right)
     return axs
 
-# %% ../nbs/40_plots.ipynb #c04c7c84
+# %% ../nbs/40_plots.ipynb #18434a7c
 def attention_video(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
     frames, # Frames: what `show_attention` takes, all of one size
@@ -213,17 +221,21 @@ def attention_video(
     keep:float|None=None, # Show the mask that holds this part of the attention; None: the attention itself
     fps:int=10, # Frames a second
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    alpha:float=.6 # Strength of the attention over the image
+    alpha:float=.6, # Strength of the attention over the image
+    who:str='teacher' # Whose encoder: 'teacher' or 'student'
 )->Path: # `file`
     "Write a video with the attention of the class token over it"
     from matplotlib import animation
     file = Path(file)
     writers = {'.gif':animation.PillowWriter, '.mp4':animation.FFMpegWriter}
+    if fps<=0: raise ValueError(f"fps={fps}: pass frames a second, above 0")
     if file.suffix not in writers: raise ValueError(f"{file}: pass a name that ends in .gif or .mp4")
     if not writers[file.suffix].isAvailable(): raise ValueError(f"{file} needs ffmpeg, which is not installed: install it, or write a .gif")
     frames = frames if isinstance(frames, (list,tuple,L)) else list(_as_images(frames))
     if not len(frames): raise ValueError("no frames: pass at least one image")
-    writer,first = writers[file.suffix](fps=fps),_as_images(frames[0])
+    enc,first,z = _for_encoder(encoder, frames[0], stats, who)
+    heads,writer = attention_maps(enc, z).shape[1],writers[file.suffix](fps=fps)
+    if head is not None and not 0<=head<heads: raise ValueError(f"head={head}, but there are {heads}: pass 0 to {heads-1}, or None for their mean")
     fig = plt.figure(figsize=[s/100 for s in first.shape[:1:-1]], dpi=100)
     ax  = fig.add_axes([0,0,1,1])
     try:
@@ -231,7 +243,7 @@ def attention_video(
             made = Path(d)/file.name                             # the writers go by the suffix
             with writer.saving(fig, str(made), 100):
                 for i,f in enumerate(frames):
-                    enc,x,z = _for_encoder(encoder, f, stats)
+                    enc,x,z = _for_encoder(encoder, f, stats, who)
                     if i and x.shape!=shape: raise ValueError(f"frame {i} is {x.shape[3]}x{x.shape[2]} pixels, the first {shape[3]}x{shape[2]}: pass frames of one size")
                     shape = x.shape
                     a = attention_maps(enc, z)[0].cpu()

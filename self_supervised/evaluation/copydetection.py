@@ -216,7 +216,7 @@ def make_copies(
         for im,fn in zip(copies[name], fns): im.save(fn)
     return files
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #5d1301ee
+# %% ../../nbs/15_evaluation.copydetection.ipynb #87aeaae1
 def _searcher(model, whiten_on, uncentred, **kwargs):
     "Images to features, whitened where there are images to learn that from"
     get = partial(copy_features, model, l2=False, **kwargs)
@@ -235,10 +235,11 @@ def copy_detection(
     uncentred:bool=False, # The reference's covariance, see `Whiten`
     k:int|None=20, # An original behind the first `k` counts as not found; None: the whole ranking
     seed:int=0, # Of what the attacks draw
-    open_fn:Callable=open_rgb, # File to Pillow image
+    open_fn:Callable|None=None, # File to Pillow image; default: `open_rgb`, or `open_gray` for a model of one channel
     **kwargs
 )->pd.DataFrame: # mAP in percent: a row an attack, and their mean
     "Attack images, and measure how well a model finds the originals"
+    open_fn = ifnone(open_fn, opener(channels_of(encoder_of(model))))
     images = image_files(images)
     copies = make_copies(images, attacks, seed, open_fn=open_fn)
     get = _searcher(model, whiten_on, uncentred, open_fn=open_fn, **kwargs)

@@ -36,7 +36,7 @@ def layer_lrs(
     n = len(learn.splitter(learn.model))
     return [lr*decay**(n-1-i) for i in range(n)]
 
-# %% ../../nbs/13_evaluation.finetune.ipynb #57283948
+# %% ../../nbs/13_evaluation.finetune.ipynb #59eeefc6
 class Classifier(nn.Sequential):
     "An encoder and a linear layer, for images in [0,1]"
     def __init__(self,
@@ -79,17 +79,19 @@ def finetune_learner(
     "A learner that trains a classifier on the encoder"
     stats = stats or norm_stats(encoder)
     n_out = n_out or (getattr(dls, 'c', None) if hasattr(dls, 'vocab') else None)
-    b     = dls.one_batch()
+    b     = first(dls[0])
+    if b is None: raise ValueError(f"{len(dls[0].dataset)} training images are fewer than a batch: make the DataLoaders with a smaller bs")
     if not isinstance(b, (tuple,list)) or len(b)<2: raise ValueError("the DataLoaders give images without labels: pass labelled ones, such as ImageDataLoaders.from_folder")
     x,y   = b[0],b[1]
     if n_out is None:
         if y.ndim!=1 or y.is_floating_point(): raise ValueError(f"the DataLoaders do not say how many classes there are, and labels have shape {tuple(y.shape)}: pass n_out")
-        n_out = 1+max(int(o[1].max()) for dl in dls for o in dl)
-    norm = dl_normalize(dls.train)
+        n_out = 1+max(int(o[1].max()) for i in (0,1) for o in dls[i])
+    norm = dl_normalize(dls[0])
     if norm is not None and stats is not None:
         if not all(torch.allclose(torch.as_tensor(s).float().flatten().cpu(), o.float().flatten().cpu(), atol=1e-3) for s,o in zip(stats, (norm.mean,norm.std))):
             raise ValueError("the DataLoaders normalise with other statistics than the encoder was trained with: remove their Normalize, the model does it itself")
         stats = None                                             # once is enough
+    with says_what_fits(encoder_of(encoder, who), x): pass
     model = Classifier(deepcopy(encoder_of(encoder, who)), n_out, stats, ps, x.shape[1], tuple(x.shape[-2:]))
     for p in model.parameters(): p.requires_grad_(True)          # a teacher's are frozen
     kwargs = merge(dict(loss_func=CrossEntropyLossFlat() if getattr(dls, 'loss_func', None) is None else dls.loss_func, metrics=accuracy), kwargs)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['knn_classifier', 'accuracy_of', 'group_split', 'labelled_features', 'split_features', 'knn_accuracy']
 
-# %% ../../nbs/10_evaluation.knn.ipynb #51378fc4
+# %% ../../nbs/10_evaluation.knn.ipynb #22095b4e
+import numbers
 from fastai.vision.all import *
+from ..encoders import *
 from ..features import *
 
-# %% ../../nbs/10_evaluation.knn.ipynb #7a829f9e
+# %% ../../nbs/10_evaluation.knn.ipynb #ae0278cd
 def knn_classifier(
     train_feats:Tensor, # Features of the labelled images, (n_train, d)
     train_y:Tensor, # Their classes, (n_train,)
@@ -17,21 +19,27 @@ def knn_classifier(
     k:int|list=20, # Neighbours that vote
     T:float=0.07, # Temperature of the weights
     n_classes:int|None=None, # Number of classes; default: the largest label and one
-    chunk:int=256 # Test images at a time
+    chunk:int=256, # Test images at a time
+    device:torch.device|None=None # Where to compare; default: where the training features are
 )->Tensor|dict: # Class scores, (n_test, n_classes); where `k` is a list, a dict from each to its scores
     "Weighted k-nearest-neighbour vote by cosine similarity (Wu et al. 2018, section 3.4)"
-    ks = sorted({k} if isinstance(k, int) else set(k))
+    one = isinstance(k, numbers.Integral)
+    ks  = [int(k)] if one else sorted({int(o) for o in k})
+    if not ks: raise ValueError("k is empty: pass a number of neighbours, or several")
+    if not T>0: raise ValueError(f"T={T}: pass a temperature above 0")
     if ks[-1]>len(train_feats): raise ValueError(f"{len(train_feats)} training images but k={ks[-1]}: pass k<={len(train_feats)}")
     if ks[0]<1: raise ValueError(f"k={ks[0]}: pass 1 or more neighbours")
     if len(train_y)!=len(train_feats): raise ValueError(f"{len(train_feats)} training features but {len(train_y)} labels: pass one label a feature")
     unit = lambda f: F.normalize(f if f.dtype==torch.double else f.float(), dim=-1)                # exp(1/.07) is too large for half precision
-    train,train_y,n_classes = unit(train_feats),train_y.long().to(train_feats.device),n_classes or int(train_y.max())+1
+    if not len(train_y) or train_y.is_floating_point() or train_y.min()<0: raise ValueError("labels must be whole numbers from 0: pass the index of each image's class")
+    device = ifnone(device, train_feats.device)
+    train,train_y,n_classes = unit(train_feats.to(device)),train_y.long().to(device),n_classes or int(train_y.max())+1
     outs = {k: train.new_zeros(len(test_feats), n_classes) for k in ks}
     for i in range(0, len(test_feats), chunk):
-        sim,idx = (unit(test_feats[i:i+chunk])@train.T).topk(ks[-1])
+        sim,idx = (unit(test_feats[i:i+chunk].to(device))@train.T).topk(ks[-1])
         votes,y = (sim/T).exp(),train_y[idx]
         for k_ in ks: outs[k_][i:i+chunk].scatter_add_(1, y[:,:k_], votes[:,:k_])
-    return outs[k] if isinstance(k, int) else outs
+    return outs[int(k)] if one else outs
 
 def accuracy_of(
     scores:Tensor, # Class scores, (n, n_classes)
@@ -42,7 +50,7 @@ def accuracy_of(
     best = scores.topk(min(top, scores.shape[1]), 1).indices
     return (best==y.to(scores.device)[:,None]).any(1).float().mean().item()
 
-# %% ../../nbs/10_evaluation.knn.ipynb #a8905410
+# %% ../../nbs/10_evaluation.knn.ipynb #e49e20d3
 def group_split(
     y:Tensor, # Classes, (n,)
     groups:list, # The group of each image: numbers or names, (n,)
@@ -53,9 +61,10 @@ def group_split(
     from sklearn.model_selection import StratifiedGroupKFold
     groups = np.array([str(g) for g in groups])
     if len(groups)!=len(y): raise ValueError(f"{len(groups)} groups for {len(y)} images: pass one group an image, those of the first loader before those of the second")
-    n = max(2, round(1/test_pct))
-    if len(np.unique(groups))<n: raise ValueError(f"{len(np.unique(groups))} groups for a test part of {test_pct}: at least {n} are needed, or a larger part")
-    if y.unique(return_counts=True)[1].max()<n: raise ValueError(f"no class has {n} images, which a test part of {test_pct} needs: label more")
+    have = len(np.unique(groups))
+    if have<2: raise ValueError(f"{have} groups: at least 2 are needed, one to train and one to test on")
+    n = min(max(2, round(1/test_pct)), have)
+    if y.unique(return_counts=True)[1].max()<n: raise ValueError(f"no class has {n} images, one for each part of the split: label more")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')                          # a class with few images: said below if it is lost
         tr,te = next(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(np.zeros(len(y)), y.cpu().numpy(), groups))
@@ -72,6 +81,7 @@ def labelled_features(
     "`extract_features`, with an error where there are no labels"
     f,y = extract_features(model, dl, **kwargs)
     if y is None: raise ValueError("the DataLoader gives images without labels, and accuracy needs them: pass labelled DataLoaders, such as ImageDataLoaders.from_folder")
+    if not f.isfinite().all(): raise ValueError("features with nan or inf tell nothing: look at the model that gave them")
     if y.ndim!=1: raise ValueError(f"labels of shape {tuple(y.shape[1:])} an image, but one class an image is needed: pass DataLoaders with one class an image")
     return f,y
 
@@ -81,18 +91,24 @@ def split_features(
     dls:DataLoaders, # Labelled: the first loader to train on, the second to test on
     groups:list|Callable|None=None, # The group of each image, of both loaders in turn; or a function from an item (a file) to its group: see `group_split`
     seed:int=0, # Seed of the split by groups
+    return_groups:bool=False, # Give the groups of the training images as well?
     **kwargs
 )->tuple: # Features and classes of the training images, and of the test images: (n,d), (n,), (m,d), (m,)
     "What every classifier on frozen features starts from"
+    if kwargs.get('file'): raise ValueError("file= holds the features of one loader: call extract_features for each")
+    if groups is not None and not all(_in_order(dl) for dl in (dls[0],dls[1])):
+        raise ValueError("a shuffled PyTorch DataLoader gives images in an order that the groups do not know: pass shuffle=False, drop_last=False, or fastai DataLoaders")
     (ftr,ytr),(fte,yte) = (labelled_features(model, dl, **kwargs) for dl in (dls[0],dls[1]))
-    if groups is None: return ftr,ytr,fte,yte
+    if groups is None: return (ftr,ytr,fte,yte) + ((None,) if return_groups else ())
     if callable(groups):
         items = [getattr(getattr(dl, 'dataset', None), 'items', None) for dl in (dls[0],dls[1])]
         if None in items: raise ValueError("these DataLoaders do not say what their items are: pass the groups as a list, one an image")
         groups = [groups(o) for its in items for o in its]
     f,y   = torch.cat([ftr,fte]),torch.cat([ytr,yte])
     tr,te = group_split(y, groups, seed=seed)
-    return f[tr],y[tr],f[te],y[te]
+    return (f[tr],y[tr],f[te],y[te]) + (([groups[i] for i in tr.tolist()],) if return_groups else ())
+
+def _in_order(dl): return not isinstance(dl, torch.utils.data.DataLoader) or isinstance(dl.sampler, torch.utils.data.SequentialSampler) and not dl.drop_last
 
 @delegates(split_features)
 def knn_accuracy(
@@ -105,5 +121,6 @@ def knn_accuracy(
 )->float|dict: # Between 0 and 1; where `k` is a list, a dict
     "Accuracy of the k-NN classifier on a model's features, the paper's protocol"
     ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
-    scores = knn_classifier(ftr, ytr, fte, k, T, n_classes=int(max(ytr.max(), yte.max()))+1)
-    return {k:accuracy_of(s, yte, top) for k,s in scores.items()} if isinstance(scores, dict) else accuracy_of(scores, yte, top)
+    scores = knn_classifier(ftr, ytr, fte, k, T, n_classes=int(max(ytr.max(), yte.max()))+1, device=device_of(encoder_of(model)))
+    hits   = lambda k,s: accuracy_of(s, yte, min(top, int(k)))                                   # k neighbours vote for k classes at most
+    return {k:hits(k, s) for k,s in scores.items()} if isinstance(scores, dict) else hits(k, scores)

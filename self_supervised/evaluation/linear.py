@@ -97,7 +97,7 @@ class LinearSweep(Module):
         hits = [[accuracy_of(o, yb, top)*len(yb) for o in self(xb.float())] for xb,yb in zip(feats.split(4096), y.split(4096))]
         return (np.array(hits).sum(0)/len(y)).tolist()
 
-# %% ../../nbs/11_evaluation.linear.ipynb #609eaa0e
+# %% ../../nbs/11_evaluation.linear.ipynb #eb4a89fc
 _lrs = (1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.)
 
 def sweep_features(
@@ -112,22 +112,29 @@ def sweep_features(
     valid_pct:float=.1, # Part of the training images to choose by; 0: choose by the test images
     seed:int=0, # Seed of the kept part, of the classifiers and of the order
     batches:Callable|None=None, # From indices of training images to batches (features, classes) of an epoch; default: `train_feats`, shuffled
+    groups:list|None=None, # The group of each training image: the kept part then shares none with the rest, see `group_split`
+    device:torch.device|None=None, # Where to train; default: the CPU
     progress:bool=False # Show a progress bar?
 )->tuple: # Table of all classifiers, the best on top, in percent; and the best one, an `nn.Linear`
     "Train a linear classifier for each learning rate and part of the features, and choose one"
     n_classes = int(max(train_y.max(), test_y.max()))+1
     if n_classes<2: raise ValueError("all labels are the same: a classifier needs at least two classes")
+    if epochs<1: raise ValueError(f"epochs={epochs}: pass 1 or more")
+    if not len(lrs) or min(lrs)<=0: raise ValueError(f"lrs={lrs}: pass learning rates above 0")
     if not 0<=valid_pct<1: raise ValueError(f"valid_pct={valid_pct}: pass a part of the training images, from 0 to below 1")
     g,parts = torch.Generator().manual_seed(seed),parts or {'all': slice(0, train_feats.shape[1])}
     order   = torch.randperm(len(train_y), generator=g)
     n_valid = max(1, round(valid_pct*len(order))) if valid_pct else 0
     valid,train = order[:n_valid],order[n_valid:]
+    if groups is not None and n_valid: train,valid = group_split(train_y, groups, valid_pct, seed)
     if not len(train): raise ValueError(f"{len(order)} training images and valid_pct={valid_pct} leave none to train on: pass valid_pct=0")
     def shuffled(idx):
         for i in idx.split(bs): yield train_feats[i].float(),train_y[i]
+    def there(e):
+        for x,y in (batches or shuffled)(train[torch.randperm(len(train), generator=g)]): yield x.to(device),y.to(device)
     with random_kept():
         torch.manual_seed(seed)
-        sweep = LinearSweep(parts, n_classes, lrs, bs).fit(lambda e: (batches or shuffled)(train[torch.randperm(len(train), generator=g)]), epochs, progress)
+        sweep = LinearSweep(parts, n_classes, lrs, bs).to(device).fit(there, epochs, progress).cpu()
     res = pd.DataFrame([(*(p if isinstance(p, tuple) else (p,)), lr) for p,lr in sweep.keys], columns=['blocks','mean of patches','lr'] if isinstance(sweep.keys[0][0], tuple) else ['part','lr'])
     if n_valid: res['validation'] = sweep.accuracies(train_feats[valid], train_y[valid])
     for t in (1,5): res[f'test top-{t}'] = sweep.accuracies(test_feats, test_y, t)
@@ -137,7 +144,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.sort_values(by, ascending=False, kind='stable').reset_index(drop=True), sweep.heads[best]
 
-# %% ../../nbs/11_evaluation.linear.ipynb #75c6b35e
+# %% ../../nbs/11_evaluation.linear.ipynb #b94a2613
 def probe_view(
     size:int=224, # Side, in pixels
     n_in:int=3 # Channels
@@ -151,24 +158,27 @@ def linear_probe(
     dls:DataLoaders, # Labelled: trained on the first loader, tested on the second
     n_blocks:tuple|int=1, # Numbers of last blocks to try; (1,4) for a ViT
     avgpool:tuple|bool=False, # (False,True) to try both
-    lrs:tuple=_lrs, # Learning rates for a batch of 256
+    lrs:tuple|float=_lrs, # Learning rates for a batch of 256
     epochs:int=100, # Epochs
     bs:int=256, # Batch size
     valid_pct:float=.1, # Part of the training images to choose by; 0: choose by the test images
     augment:View|None=None, # `probe_view(size)`: new crops each epoch; None: features of whole images, computed once
+    augment_dl:DataLoader|None=None, # The training images to cut the crops from, larger and uncut (`labelled_dls(..., crop_pct=1).train`); default: those of `dls`
     seed:int=0, # Seed of everything random
     groups:list|Callable|None=None, # As in `split_features`
     **kwargs
 )->tuple: # Table of all classifiers, the best on top, in percent; and the best one, an `nn.Linear`
     "The linear probe of the paper, with all learning rates, blocks and poolings trained at once"
-    n_blocks,avgpool = (tuple(o) if isinstance(o, (tuple,list)) else (o,) for o in (n_blocks,avgpool))
+    n_blocks,avgpool,lrs = (tuple(o) if isinstance(o, (tuple,list)) else (o,) for o in (n_blocks,avgpool,lrs))
+    if not n_blocks or not avgpool: raise ValueError("n_blocks and avgpool are empty: pass what to try, such as n_blocks=(1,4), avgpool=(False,True)")
     n,avg = max(n_blocks),any(avgpool)
-    ftr,ytr,fte,yte = split_features(model, dls, n_blocks=n, avgpool=avg, groups=groups, seed=seed, **kwargs)
+    ftr,ytr,fte,yte,gtr = split_features(model, dls, n_blocks=n, avgpool=avg, groups=groups, seed=seed, return_groups=True, **kwargs)
     parts,batches = feature_parts(ftr.shape[1]//(n+avg), n_blocks, avgpool),None
     if augment is not None:
         if groups is not None: raise ValueError("augment and groups do not go together: split the DataLoaders by group, and pass those")
-        batches = partial(_augmented, model, dls[0], augment, bs, **(kwargs|dict(n_blocks=n, avgpool=avg)))
-    return sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, kwargs.get('progress', False))
+        if augment_dl is not None and len(augment_dl.dataset)!=len(ytr): raise ValueError(f"{len(augment_dl.dataset)} images in augment_dl, {len(ytr)} in the training loader: pass the same images")
+        batches = partial(_augmented, model, ifnone(augment_dl, dls[0]), augment, bs, **(kwargs|dict(n_blocks=n, avgpool=avg)))
+    return sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr, device_of(encoder_of(model)), kwargs.get('progress', False))
 
 def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='fp32', n_blocks=1, avgpool=False, **kwargs):
     "Features of new crops of the images `idx`, in their order"
@@ -176,25 +186,27 @@ def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='f
     if not isinstance(dl, DataLoader): raise ValueError(f"augment needs a fastai DataLoader, which takes images in any order, not a {type(dl).__name__}")
     dl.bs,dl.get_idxs = bs,lambda: idx.tolist()
     undo,norm,enc = model_norm(nn.Flatten(), ([0.]*len(view.mean),[1.]*len(view.mean)), dl),model_norm(model, stats),encoder_of(model, who)
-    dev = next(enc.parameters()).device
+    dev = device_of(enc)
     with eval_mode(enc):
         for x,y in dl:
             with torch.no_grad(), autocast_to(precision, dev): f = encode(enc, norm(view(undo(x.to(dev)))), n_blocks, avgpool)
-            yield f.float().cpu(),y.as_subclass(Tensor).cpu()
+            yield f.float(),y.as_subclass(Tensor)
 
-# %% ../../nbs/11_evaluation.linear.ipynb #810f9f05
+# %% ../../nbs/11_evaluation.linear.ipynb #d8c7a219
 def load_linear_weights(
     file:str|Path, # A file such as dino_deitsmall16_linearweights.pth
     encoder:nn.Module|None=None # The encoder that it belongs to, to say what it stands on
 )->tuple: # The classifier, and the arguments of `extract_features` that give its features
     "Read a linear classifier of the reference"
+    if not Path(file).is_file(): raise ValueError(f"{file} is no file: pass a classifier such as dino_deitsmall16_linearweights.pth")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{file} is no file of plain weights ({str(e).splitlines()[0]})") from e
+    if not isinstance(state, dict): raise ValueError(f"{file} holds a {type(state).__name__}, not the weight and bias of a linear classifier")
     state = {k.removeprefix('module.').removeprefix('linear.'):v for k,v in state.get('state_dict', state).items()}
     if set(state)!={'weight','bias'}: raise ValueError(f"{file} holds {', '.join(sorted(state)[:4]) or 'nothing'}, not the weight and bias of a linear classifier")
     lin = nn.Linear(*state['weight'].shape[::-1])
     lin.load_state_dict(state)
     if encoder is None: return lin,{}
-    d,nf = encoder_of(encoder).num_features,lin.in_features
+    d,nf = getattr(encoder_of(encoder), 'num_features', lin.in_features),lin.in_features
     if nf%d: raise ValueError(f"{file} is a classifier of {nf} features, but the encoder has {d} a token: pass the encoder that it was trained on")
     return lin, {1: {}, 2: dict(n_blocks=1, avgpool=True, interleave=True)}.get(nf//d, dict(n_blocks=nf//d))

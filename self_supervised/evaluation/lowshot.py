@@ -11,7 +11,7 @@ from ..features import *
 from .knn import *
 from .linear import *
 
-# %% ../../nbs/12_evaluation.lowshot.ipynb #65565445
+# %% ../../nbs/12_evaluation.lowshot.ipynb #532e0c7f
 def draw_labels(
     y:Tensor, # Classes of all training images, (n,)
     per_class:int|float, # Labels a class: a number, or a part of the class between 0 and 1, at least one
@@ -35,13 +35,16 @@ def lowshot_scores(
     test_y:Tensor, # Classes, (n_test,)
     per_class:int|float=1, # Labels a class, or a part of each class
     draws:int=5, # Draws of the labelled images
-    C:float=1. # Inverse strength of the l2 penalty
+    C:float=1., # Inverse strength of the l2 penalty
+    seed:int=0 # Seed of the first draw; the others count on from it
 )->np.ndarray: # Top-1 of each draw, (draws,)
     "Accuracies of logistic regressions on a few labels, for several draws of them"
-    def one(seed):
-        i = draw_labels(train_y, per_class, seed)
+    if draws<1: raise ValueError(f"draws={draws}: pass 1 or more")
+    train_feats,test_feats = train_feats.float(),test_feats.float()
+    def one(s):
+        i = draw_labels(train_y, per_class, s)
         return logistic_classifier(train_feats[i], train_y[i], C, standardize_by=train_feats).score(test_feats.numpy(), test_y.numpy())
-    return np.array([one(s) for s in range(draws)])
+    return np.array([one(s) for s in range(seed, seed+draws)])
 
 @delegates(split_features)
 def lowshot_accuracy(
@@ -54,5 +57,5 @@ def lowshot_accuracy(
 )->tuple: # Mean and standard deviation over the draws
     "Accuracy of a logistic regression on a few labels"
     ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
-    s = lowshot_scores(ftr, ytr, fte, yte, per_class, draws, C)
+    s = lowshot_scores(ftr, ytr, fte, yte, per_class, draws, C, kwargs.get('seed', 0))
     return s.mean(),s.std()

@@ -6,9 +6,10 @@
 __all__ = ['mass_mask', 'jaccard', 'head_jaccards', 'summarise_heads', 'mask_pairs', 'voc_pairs', 'open_labels', 'open_pair',
            'attention_segmentation']
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #adbbef14
+# %% ../../nbs/17_evaluation.segmentation.ipynb #72dca671
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
+from ..data import *
 from ..encoders import *
 from ..features import *
 from .video import *
@@ -92,14 +93,15 @@ def open_labels(
     labels = read_mask(im.convert('L') if im.mode=='1' else file).long()
     return (labels>0).long() if im.mode!='P' and set(labels.unique().tolist())<={0,255} else labels
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #97a30388
+# %% ../../nbs/17_evaluation.segmentation.ipynb #7d29ccc7
 def open_pair(
     image:str|Path, # Image file
     mask:str|Path, # Mask file
-    size:int|None=None # Length of the shorter side; None: as it is
-)->tuple: # Image (3,H,W) uint8, labels (H,W)
+    size:int|None=None, # Length of the shorter side; None: as it is
+    n_in:int=3 # Channels of the image: 3, or 1 for grey
+)->tuple: # Image (n_in,H,W) uint8, labels (H,W)
     "An image and its map of labels, both of one size"
-    im,labels = Image.open(image).convert('RGB'),open_labels(mask)
+    im,labels = open_image(image, opener(n_in)),open_labels(mask)
     if im.size[::-1]!=tuple(labels.shape):
         raise ValueError(f"{mask} is {labels.shape[1]}x{labels.shape[0]} pixels, but {image} is {im.width}x{im.height}: masks must be drawn on the image at its size")
     if size:
@@ -119,10 +121,10 @@ def attention_segmentation(
 )->pd.DataFrame: # Percent, a row a measure
     "Jaccard similarity of the masks of the last block's attention, as the paper measures it on VOC12, beside what needs no network"
     enc,norm = encoder_of(model, who),model_norm(model, stats)
-    dev,patch,rows = next(enc.parameters()).device,patch_size(enc),dict(heads=[], mean=[], whole=[])
+    dev,patch,rows = device_of(enc),patch_size(enc),dict(heads=[], mean=[], whole=[])
     if not len(pairs): raise ValueError("no pairs of image and mask: pass at least one")
     for im,labels in progress_bar(pairs, leave=False) if progress else pairs:
-        if isinstance(im, (str,Path)): im,labels = open_pair(im, labels, size)
+        if isinstance(im, (str,Path)): im,labels = open_pair(im, labels, size, channels_of(enc))
         im,labels = (whole_patches(o, patch) for o in (im,labels))
         a = attention_maps(enc, norm(im[None].to(dev)))[0].cpu()
         for nm,o in dict(heads=a, mean=a.mean(0, keepdim=True)).items(): rows[nm].append(head_jaccards(o, labels, keep))

@@ -6,11 +6,12 @@
 __all__ = ['propagate', 'davis_palette', 'write_mask', 'read_mask', 'masks_from_maps', 'segment_video', 'mask_j', 'mask_f',
            'video_scores', 'davis_sequences', 'video_accuracy']
 
-# %% ../../nbs/16_evaluation.video.ipynb #5f41d4fe
+# %% ../../nbs/16_evaluation.video.ipynb #2fb86fde
 from fastai.vision.all import *
 from collections import deque
 from fastprogress.fastprogress import progress_bar
 from scipy.spatial import KDTree
+from ..data import *
 from ..encoders import *
 from ..features import *
 
@@ -103,10 +104,10 @@ def masks_from_maps(
 def _nearest(mask, size): # by Pillow, as in the reference: torch's rounds a few pixels another way
     return torch.from_numpy(np.array(Image.fromarray(mask.cpu().numpy().astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)))
 
-# %% ../../nbs/16_evaluation.video.ipynb #3bc7bcb9
-def _frame(o):
+# %% ../../nbs/16_evaluation.video.ipynb #0328cab9
+def _frame(o, n_in):
     "A frame as (C,H,W) in [0,1]"
-    if not isinstance(o, Tensor): o = torch.from_numpy(np.array((o if isinstance(o, Image.Image) else Image.open(o)).convert('RGB'))).permute(2,0,1)
+    if not isinstance(o, Tensor): o = image2tensor(open_image(o, opener(n_in)).convert('RGB' if n_in==3 else 'L'))
     o = o.as_subclass(Tensor)
     return o.float()/255 if o.dtype==torch.uint8 else o.float()
 
@@ -138,11 +139,11 @@ def segment_video(
     if mask.ndim!=2: raise ValueError(f"a first mask of {tuple(mask.shape)}: pass labels (H,W)")
     mask = mask.long().masked_fill(mask==255, 0)
     if not mask.any(): raise ValueError(f"{_named(first_mask)} has no object: pass a mask with labels from 1 to 254 (0 is background, 255 void)")
-    hw,dev = mask.shape,next(enc.parameters()).device
+    hw,dev = mask.shape,device_of(enc)
     sz,norm = _input_size(*hw, size, patch),model_norm(model, stats)
     def feats():
         for i,o in enumerate(frames):
-            x = _frame(o).to(dev)
+            x = _frame(o, channels_of(enc)).to(dev)
             if x.shape[1:]!=hw: raise ValueError(f"{_named(o, f'frame {i}')} has {_px(x.shape[1:])}, {_named(first_mask)} {_px(hw)}: pass frames and a mask of one size")
             yield vit_tokens(enc, norm(F.interpolate(x[None], sz, mode='bilinear')))[1][0]
     y = F.one_hot(_nearest(mask, [s//p for s,p in zip(sz, patch)]).long(), int(mask.max())+1).permute(2,0,1)

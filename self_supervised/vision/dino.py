@@ -32,7 +32,7 @@ _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', '
          'encoder_of', 'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls', 'digits_dls',
          'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
 
-# %% ../../nbs/31_vision.dino.ipynb #4cd03ca0
+# %% ../../nbs/31_vision.dino.ipynb #e1c3d348
 class DINOModel(Module):
     "Student, teacher and centre in one module, so that saving, loading and `lr_find` treat them as one"
     def __init__(self,
@@ -57,6 +57,9 @@ class DINOModel(Module):
             v,old = torch.as_tensor(v, dtype=torch.float32, device=self.C.device),getattr(self, k, None)
             if old is not None and old.shape==v.shape: old.copy_(v)
             else: self.register_buffer(k, v.detach().clone())
+            for who in ('student','teacher'):                    # an encoder that is taken out knows what it was trained with
+                enc = encoder_of(self, who)
+                if k not in enc._buffers and k not in enc._parameters: setattr(enc, k, v.detach().clone())
 
     def train(self, mode=True):
         "In training the teacher's norm layers use the batch, as in the reference, but it drops neither paths nor units"
