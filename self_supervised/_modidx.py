@@ -229,6 +229,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'self_supervised.encoders.eval_mode': ('encoders.html#eval_mode', 'self_supervised/encoders.py'),
                                           'self_supervised.encoders.has_class_token': ( 'encoders.html#has_class_token',
                                                                                         'self_supervised/encoders.py'),
+                                          'self_supervised.encoders.has_tokens': ( 'encoders.html#has_tokens',
+                                                                                   'self_supervised/encoders.py'),
                                           'self_supervised.encoders.last_attention': ( 'encoders.html#last_attention',
                                                                                        'self_supervised/encoders.py'),
                                           'self_supervised.encoders.patch_size': ( 'encoders.html#patch_size',

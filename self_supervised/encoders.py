@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
            'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'says_what_fits', 'check_sizes', 'encoder_of',
-           'eager', 'last_attention', 'patch_size', 'has_class_token', 'whole_patches', 'attention_maps', 'vit_tokens']
+           'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps',
+           'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #9b363975
 from fastai.vision.all import *
@@ -194,7 +195,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #beaced61
+# %% ../nbs/02_encoders.ipynb #3bc6ec22
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -240,6 +241,12 @@ def has_class_token(
     "Is there a token that stands for the image?"
     return getattr(encoder, 'cls_token', None) is not None
 
+def has_tokens(
+    encoder:nn.Module # Any encoder
+)->bool: # True for timm's vision transformers
+    "Does `vit_tokens` take it?"
+    return all(hasattr(encoder, o) for o in ('forward_intermediates','blocks','cls_token','num_prefix_tokens'))
+
 def whole_patches(
     x:Tensor, # Images (...,H,W)
     patch:tuple|None # Sides of a patch, as `patch_size` gives them; None: nothing is cut
@@ -257,13 +264,15 @@ def attention_maps(
 )->Tensor: # (bs, heads, H/patch, W/patch); what is missing from a sum of 1 went to the class token and registers
     "What the class token, or a patch, attends to in the last block (Caron et al. 2021, fig. 1)"
     encoder = encoder_of(encoder)
-    full,prefix = last_attention(encoder, x),encoder.num_prefix_tokens
+    full,prefix = last_attention(encoder, x),getattr(encoder, 'num_prefix_tokens', 1)
     if query is None and not has_class_token(encoder): raise ValueError(f"{type(encoder).__name__} has no class token to look from: pass query=(row, column) of a patch")
+    n = math.prod(s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
+    if full.shape[-1]!=prefix+n: raise ValueError(f"the last block of this {type(encoder).__name__} attends over {full.shape[-1]} channels or windows, not over its {n} patches: pass a timm vision transformer")
     (h,w),(r,c) = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder))),query or (0,0)
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/02_encoders.ipynb #efd16fd6
+# %% ../nbs/02_encoders.ipynb #b71cf5fa
 def vit_tokens(
     encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
@@ -271,10 +280,11 @@ def vit_tokens(
 )->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end (None where there are none), and patch tokens of the last block (bs, H/patch, W/patch, d)
     "Tokens behind the last norm"
     encoder = encoder_of(encoder)
-    if not hasattr(encoder, 'get_intermediate_layers'): raise ValueError(f"{type(encoder).__name__} has no tokens: pass a timm vision transformer, such as vit_* or deit_*")
+    if not has_tokens(encoder):
+        raise ValueError(f"{type(encoder).__name__} has no tokens of patches and image: pass a timm vision transformer, such as vit_*, deit_* or eva*")
     if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
     has = has_class_token(encoder)
-    with says_what_fits(encoder, x): outs = encoder.get_intermediate_layers(x, n_blocks, norm=True, return_prefix_tokens=has)
+    with says_what_fits(encoder, x): outs = encoder.forward_intermediates(x, indices=n_blocks, norm=True, return_prefix_tokens=has, output_fmt='NLC', intermediates_only=True)
     h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
     if not has: return None, outs[-1].unflatten(1, (h,w))
     return torch.stack([pre[:,0] for _,pre in outs]), outs[-1][0].unflatten(1, (h,w))

@@ -16,7 +16,7 @@ from ..encoders import *
 from ..features import *
 from .retrieval import *
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #d1cfd273
+# %% ../../nbs/15_evaluation.copydetection.ipynb #f70f1864
 def gem(
     patches:Tensor, # Patch tokens, (bs,h,w,d)
     p:float=4., # 1 is the mean; the larger, the nearer to the maximum
@@ -29,7 +29,7 @@ def _square(size, i, im): return im.resize((size,size), Image.Resampling.BICUBIC
 
 def _class_and_gem(p, l2, encoder, x):
     x = whole_patches(x, patch_size(encoder))
-    if hasattr(encoder, 'get_intermediate_layers') and has_class_token(encoder):
+    if has_tokens(encoder) and has_class_token(encoder):
         cls,patches = vit_tokens(encoder, x)
         f = torch.cat([cls[-1].float(), gem(patches.float(), p)], -1)
     else: f = encode(encoder, x).float()
