@@ -8,10 +8,11 @@ __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet
            'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps',
            'vit_tokens']
 
-# %% ../nbs/02_encoders.ipynb #9b363975
+# %% ../nbs/02_encoders.ipynb #7a1a025d
 from fastai.vision.all import *
 from contextlib import contextmanager
 from itertools import chain
+import inspect
 import timm
 from timm.models import register_model
 
@@ -195,7 +196,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #3bc6ec22
+# %% ../nbs/02_encoders.ipynb #352ca0d4
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -245,7 +246,8 @@ def has_tokens(
     encoder:nn.Module # Any encoder
 )->bool: # True for timm's vision transformers
     "Does `vit_tokens` take it?"
-    return all(hasattr(encoder, o) for o in ('forward_intermediates','blocks','cls_token','num_prefix_tokens'))
+    f = getattr(encoder, 'forward_intermediates', None)
+    return f is not None and hasattr(encoder, 'blocks') and 'return_prefix_tokens' in inspect.signature(f).parameters
 
 def whole_patches(
     x:Tensor, # Images (...,H,W)
