@@ -7,6 +7,7 @@ from .objectives import *
 from .schedules import *
 from .features import *
 from .checkpoints import *
+from .weights import *
 from .distributed import *
 from .evaluation.knn import *
 from .evaluation.linear import *
