@@ -78,7 +78,8 @@ def test_killed_at_fifty_moments(tmp_path, folder, workers):
 
 @pytest.mark.parametrize('sig,code', [(signal.SIGTERM,130),(signal.SIGINT,130)])
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code):
-    p = subprocess.Popen(_command('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(_command('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))          # a shell's background jobs ignore Ctrl-C
     for _ in range(600):
         time.sleep(.1)
         if (tmp_path/'checkpoint.pth').exists(): break
