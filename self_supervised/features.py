@@ -101,7 +101,7 @@ def plain_dl(
         dl.before_iter = before_iter
     return dl
 
-# %% ../nbs/06_features.ipynb #a7325569
+# %% ../nbs/06_features.ipynb #4a8f1935
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -112,7 +112,7 @@ class _Rows:
             self.tmp = self.file.with_name(f'.{self.file.name}.{os.getpid()}.tmp')
 
     def add(self, x):
-        x = x.to('cpu', self.dtype).contiguous()
+        x = x.to('cpu', ifnone(self.dtype, x.dtype)).contiguous()
         if self.file:
             if not self.done: self.out,self.shape = open(self.tmp, 'wb'),x.shape[1:]
             if not self.done: self._header(0)
@@ -174,18 +174,17 @@ def extract_features(
     enc = encoder_of(model, who)
     dev = device_of(enc)
     dl  = plain_dl(dl)
-    renorm,targs = model_norm(model, stats, dl),[]
-    rows = _Rows(len(dl.dataset) if isinstance(getattr(dl, 'dataset', None), Sized) else 0, file, dtype)
+    n   = len(dl.dataset) if isinstance(getattr(dl, 'dataset', None), Sized) else 0
+    renorm,rows,targs = model_norm(model, stats, dl),_Rows(n, file, dtype),_Rows(n, None, None)           # many small tensors would keep the memory of the large ones between them
     try:
         with torch.no_grad(), eval_mode(enc), eager(enc):
             for b in progress_bar(dl, leave=False) if progress else dl:
                 x,*y = b if isinstance(b, (tuple,list)) else (b,)
                 with autocast_to(precision, dev): f = encode(enc, renorm(x.to(dev)), n_blocks, avgpool, **kwargs)
                 rows.add(f)
-                if y: targs.append(torch.as_tensor(y[0]).cpu())
+                if y: targs.add(torch.as_tensor(y[0]))
     except BaseException:
         rows.drop()
         raise
     if not rows.done: raise ValueError("the DataLoader gave no batches: pass one with images")
-    targs = torch.cat(targs) if targs else None
-    return rows.close(), targs.as_subclass(Tensor) if isinstance(targs, TensorBase) else targs
+    return rows.close(), targs.close().as_subclass(Tensor) if targs.done else None
