@@ -72,7 +72,7 @@ def _device():
     "Where the processes talk"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/09_distributed.ipynb #b5f35dea
+# %% ../nbs/09_distributed.ipynb #001afe35
 def joint_len(
     n:int, # Images
     bs:int, # Images in a batch of one process
@@ -97,8 +97,11 @@ class JointDL(DistributedDL):
     def __len__(self): return joint_len(ifnone(self.dl.n, len(self.dl.dataset)), self.bs, self.world_size, self.drop_last)
 
     def get_idxs(self):
-        if not self.drop_last and len(self): return super().get_idxs()
-        idxs  = self._broadcast(list(self.dl.get_idxs()), 0)
+        idxs = list(self.dl.get_idxs())
+        self.n = self.n_padded = len(idxs)
+        if not idxs: return idxs                                 # no talk: a process with a progress bar skips an empty validation, one without does not
+        if not self.drop_last: return super().get_idxs()
+        idxs  = self._broadcast(idxs, 0)
         joint = self.bs*self.world_size
         self.n = self.n_padded = len(idxs)//joint*joint
         return [i for b in range(0, self.n, joint) for i in idxs[b+self.rank*self.bs : b+(self.rank+1)*self.bs]]

@@ -111,3 +111,14 @@ def test_all_stop_where_one_loses_its_loss(tmp_path):
     launch(tmp_path, 2, NAN)
     rep = torch.load(tmp_path/'nonfinite_1.pth', weights_only=True)
     assert not (tmp_path/'nonfinite.pth').exists() and rep['epoch']==0 and rep['temperatures']['tps']==.1 and len(rep['views'])==3
+
+def test_the_command_runs_under_torchrun(tmp_path):
+    "Two processes, a resumption, one set of files"
+    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()), str(Path(sys.executable).parent/'dino_train'),
+           '--local-crops-number', '1', '--batch-size-per-gpu', '64', '--out', str(tmp_path)]
+    for args,n in ((('--epochs','1'),1), (('--epochs','2','--resume'),2)):
+        r = subprocess.run(cmd+list(args), capture_output=True, text=True, timeout=120, env=os.environ|dict(OMP_NUM_THREADS='1'))
+        assert r.returncode==0, r.stderr[-3000:]
+        assert 'batches of 64 in each of 2 processes' in r.stdout and r.stdout.count('the encoder is in')==1
+        assert len(pd.read_csv(tmp_path/'history.csv'))==n
+    assert len(torch.load(tmp_path/'checkpoint.pth', weights_only=True)['random'])==2 and (tmp_path/'encoder.safetensors').exists() and (tmp_path/'table.csv').exists()
