@@ -60,7 +60,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #575dda30
+# %% ../nbs/50_cli.ipynb #72289cc2
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -148,7 +148,8 @@ def dino_train(
     bs = batch_size_per_gpu
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
     else:
-        dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, open_fn=open_rgb if n_in==3 else open_gray)
+        if overwrite and not rank: (out/'bad_files.jsonl').unlink(missing_ok=True)
+        dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, path=out, open_fn=open_rgb if n_in==3 else open_gray)
         labelled = labelled_dls(labels, size, bs, crop_pct=1, num_workers=num_workers, n_in=n_in) if labels else None
     enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=drop_path_rate, **_given(patch_size=patch_size))
     sizes = crop_sizes_for(size, enc)

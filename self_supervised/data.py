@@ -6,23 +6,39 @@
 __all__ = ['open_rgb', 'open_gray', 'open_image', 'opener', 'SquareCrop', 'ToUnitFloat', 'ReadableDL', 'unlabelled_dls',
            'channel_stats', 'DigitsDataset', 'digits_dls', 'digits_path', 'labelled_dls']
 
-# %% ../nbs/00_data.ipynb #33e3b21f
+# %% ../nbs/00_data.ipynb #680f33eb
 from fastai.vision.all import *
 from PIL import Image, ImageOps
+import json, stat, traceback
 
-# %% ../nbs/00_data.ipynb #35c8b11f
+# %% ../nbs/00_data.ipynb #8cf16533
+_no_images = {'EPS','MPEG','BUFR','GRIB','HDF5','WMF'}           # a program that Ghostscript runs, films, and what Pillow has names for but no reader
+
+@functools.cache
+def _formats():
+    Image.init()
+    return [o for o in Image.OPEN if o not in _no_images]
+
+def _extensions(): return {e for e,kind in Image.registered_extensions().items() if kind in _formats()}
+
+def _shown(fn):
+    "A file's name on one line, whatever is in it"
+    return str(fn) if str(fn).isprintable() else repr(str(fn))
+
 def open_rgb(
     fn:str|Path, # An image file that Pillow can read
     size:int|None=None # Short side that is wanted, in pixels: lets a JPEG be decoded at a fraction of its size
 )->PILImage: # Upright, three channels of 8 bits
     "Open an image of any Pillow mode as upright 8-bit RGB, 16-bit images scaled to 8 bits"
-    im = Image.open(fn)
-    if size: im.draft('RGB', (size,size))
-    im.load()
-    im = ImageOps.exif_transpose(im)
-    if im.mode[0] in 'IF': im = _scale_to_8bit(im, fn)
-    if im.mode=='P' and 'transparency' in im.info: im = im.convert('RGBA')
-    return PILImage(im.convert('RGB'))
+    if not stat.S_ISREG(os.stat(fn).st_mode): raise ValueError(f"{_shown(fn)} is a folder, a pipe or a device: pass files")
+    with Image.open(fn, formats=_formats()) as im:
+        if size: im.draft('RGB', (size,size))
+        if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{_shown(fn)} has {im.width}x{im.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} of Image.MAX_IMAGE_PIXELS: make it smaller, or raise that number")
+        ImageOps.exif_transpose(im, in_place=True)
+        if im.mode[0] in 'IF': im = _scale_to_8bit(im, fn)
+        if im.mode=='P' and 'transparency' in im.info: im = im.convert('RGBA')
+        return PILImage(im.convert('RGB'))
 
 def open_gray(
     fn:str|Path, # An image file that Pillow can read
@@ -38,7 +54,7 @@ def open_image(
     "A Pillow image from a file, or as it is; a `ValueError` that names the file where it cannot be read"
     if not isinstance(o, Image.Image):
         try: o = open_fn(o)
-        except Exception as e: raise ValueError(f"{o} cannot be read ({type(e).__name__}: {e}): get it anew, or leave it out") from e
+        except Exception as e: raise ValueError(f"{_shown(o)} cannot be read ({type(e).__name__}: {e}): get it anew, or leave it out") from e
     if open_fn is open_gray: return o.convert('L')
     return o if o.mode in ('L','RGB') else o.convert('RGB')
 
@@ -52,8 +68,8 @@ def opener(
 def _scale_to_8bit(im, fn):
     a = np.asarray(im)
     a,top = a.astype(np.float32), 1. if a.dtype.kind=='f' else 65535.
-    if a.min()<0 or a.max()>top:
-        raise ValueError(f"{fn} has values from {a.min():g} to {a.max():g}, and an image of mode {im.mode} is read as 0 to {top:g}: "
+    if not (a.min()>=0 and a.max()<=top):
+        raise ValueError(f"{_shown(fn)} has values from {a.min():g} to {a.max():g}, and an image of mode {im.mode} is read as 0 to {top:g}: "
                          "pass an open_fn that gives a float array in [0,1]")
     return Image.fromarray((a/top*255).round().astype(np.uint8))
 
@@ -75,7 +91,7 @@ def _to_image(
         raise ValueError(f"a float image with values from {t.min():g} to {t.max():g}: open_fn must scale them to [0,1]")
     return TensorImage(t.float())
 
-# %% ../nbs/00_data.ipynb #647193ce
+# %% ../nbs/00_data.ipynb #83269f34
 class SquareCrop(Resize):
     "Short side to `size`, then a square: a random one in training, the middle in validation"
     def __init__(self,
@@ -83,10 +99,16 @@ class SquareCrop(Resize):
         **kwargs
     ): super().__init__(size, resamples=(Image.Resampling.BICUBIC, Image.Resampling.NEAREST), **kwargs)
 
+    def _square(self, w, h):
+        s = min(w,h)
+        return int(self.pcts[0]*(w-s)),int(self.pcts[1]*(h-s)),s
+
+    def encodes(self, x:Image.Image):                            # fastai's own comes to a square of 0 pixels where an image is 1 wide and size is 49
+        l,t,s = self._square(*x.size)
+        return x.crop_pad(s, fastuple(l,t), resize_mode=self.mode_mask if isinstance(x, PILMask) else self.mode, resize_to=self.size)
+
     def encodes(self, x:TensorImage):
-        h,w = x.shape[-2:]
-        s   = min(h,w)
-        l,t = int(self.pcts[0]*(w-s)), int(self.pcts[1]*(h-s))
+        l,t,s = self._square(*x.shape[:-3:-1])
         y   = F.interpolate(x[None,:,t:t+s,l:l+s].as_subclass(Tensor), self.size, mode='bicubic', antialias=True)[0]
         return TensorImage(y.clamp(0,1))
 
@@ -96,44 +118,78 @@ class ToUnitFloat(DisplayedTransform):
     order = 10                                                   # behind what works on items, as fastai's IntToFloatTensor, which divides floats too
     def encodes(self, o:TensorImage): return o if o.is_floating_point() else o.float().div_(255)
 
-# %% ../nbs/00_data.ipynb #e71b76b5
+# %% ../nbs/00_data.ipynb #83f11faf
+def _stride(n): return next(k for k in itertools.count(max(1, int(.618*n))) if math.gcd(k, n)==1)             # no common divisor: it comes by every file
+
+def _list_bad(file, rows):
+    "Add those of `rows` whose path is not in `file` yet"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, 'a+') as f:
+            f.seek(0)
+            old = set(re.findall(r'^{"path": ("(?:[^"\\]|\\.)*")', f.read(), re.M))
+            f.writelines(json.dumps(o)+'\n' for o in rows if json.dumps(o['path']) not in old)
+    except OSError as e: warnings.warn(f"could not write {file} ({type(e).__name__}: {e}): the files that it should name are in the warnings alone")
+
 class ReadableDL(TfmdDL):
-    "A `TfmdDL` that replaces an unreadable file by the next readable one, and names it once"
+    "A `TfmdDL` that puts another image in the place of each unreadable file, and names it once"
     def __init__(self, dataset, *args, **kwargs):
         super().__init__(dataset, *args, **kwargs)
         self._n_inp,self._types = 1,{tuple: [TensorImage]}       # known: `new` need not read an image to find out, and an empty loader has none
-        if not hasattr(dataset, 'unread'): dataset.unread,dataset.named = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_(),set()
+        if not hasattr(dataset, 'instead'):                      # which file takes its place; -1: none has to, -2: none was found yet
+            dataset.instead,dataset.named,dataset.bad_files = torch.full((len(dataset),), -1, dtype=torch.int32).share_memory_(),set(),None
 
     def create_item(self, s):
-        n,tried,err = len(self.dataset),0,None
-        for i in (((s or 0)+j)%n for j in range(n)):
-            if self.dataset.unread[i]: continue
-            try: return self.dataset[i]
-            except MemoryError: raise
-            except Exception as e: self.dataset.unread[i],tried,err = 1,tried+1,e
-            if tried==100: break                                 # not one broken file, but files or an open_fn of the wrong kind
-        raise ValueError(f"{tried} of the {n} files in a row cannot be read; the last error was {type(err).__name__}: {err}")
+        ds,n = self.dataset,len(self.dataset)
+        step,bad,tried,err = _stride(n),[],0,None
+        for i in (((s or 0)+j*step)%n for j in range(n)):
+            if ds.instead[i]>=0: continue
+            if ds.instead[i]==-1:
+                try:
+                    o = ds[i]
+                    if bad: ds.instead[bad] = i
+                    return o
+                except MemoryError: raise
+                except Exception as e: ds.instead[i],tried,err = -2,tried+1,e
+            bad.append(i)
+            if tried==100: break                                 # not some bad files, but files or an open_fn of the wrong kind
+        raise ValueError(f"of {n} files {int((ds.instead!=-1).sum())} were tried that cannot be read, and no other was found in their place" +
+                         (f"; the last error was {type(err).__name__}: {err}" if err else ''))
 
-    def name_unread(self):
-        "Warn of the files that could not be read since the last call"
-        ds = self.dataset
-        for i in ds.unread.nonzero().flatten().tolist():
-            if i in ds.named: continue
+    def name_bad(self, found=True):
+        "Warn of the files that could not be read since the last call, and list them; `found=False`: also those that nothing took the place of"
+        ds,rows = self.dataset,[]
+        for i in (ds.instead>=0 if found else ds.instead!=-1).nonzero().flatten().tolist():
+            fn,j = ds.items[i],ds.instead[i].item()
+            if fn in ds.named: continue
+            ds.named.add(fn)
+            error = "it can be read again"
             try: ds[i]
-            except Exception as e: warnings.warn(f"could not read {ds.items[i]} ({type(e).__name__}: {e}): the next readable image takes its place")
-            ds.named.add(i)
+            except Exception as e: error = f"{type(e).__name__}: {e}"
+            done = f"{_shown(ds.items[j])} takes its place" if j>=0 else "nothing was found to take its place"
+            rows.append(dict(path=str(fn), error=error, done=done))
+            warnings.warn(f"could not read {_shown(fn)} ({error}): {done}")
+        if rows and ds.bad_files: _list_bad(ds.bad_files, rows)
+
+    def wif(self): warnings.filterwarnings('ignore', module='PIL')               # in a worker: what Pillow has to say of images that it reads
 
     def __iter__(self):
-        for b in super().__iter__():
-            self.name_unread()
-            yield b
+        try:
+            for b in super().__iter__():
+                self.name_bad()
+                yield b
+        except Exception as e:
+            self.name_bad(found=False)
+            traceback.clear_frames(e.__traceback__)              # else the workers stay until the garbage is collected, and then for 5 s each
+            raise
 
+    def after_iter(self): self.name_bad()                        # with several processes another loader iterates, and calls this
     def one_batch(self):
         b = super().one_batch()
-        self.name_unread()
+        self.name_bad()
         return b
 
-# %% ../nbs/00_data.ipynb #0bdc5010
+# %% ../nbs/00_data.ipynb #9e31cc19
 class _Open(Transform):
     "A file to an image, by `open_fn`"
     def __init__(self, open_fn): self.open_fn = open_fn
@@ -147,7 +203,7 @@ def unlabelled_dls(
     seed:int|None=None, # Seed of that split and of the order of the images
     num_workers:int|None=None, # Processes that open images; default: one a core, at most 16
     open_fn:Callable|None=None, # `open_gray`, or a function of yours: path to image, array (H,W[,C]) or tensor (C,H,W); with yours any kind of file is taken
-    path:str|Path|None=None, # Where a `Learner` writes; default: the current folder
+    path:str|Path|None=None, # Where a `Learner` writes, and bad_files.jsonl; default: the current folder
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,)`, x floats (bs,C,size,size) in [0,1]
     "Two `DataLoader`s of images without labels; class folders do no harm"
@@ -159,20 +215,30 @@ def unlabelled_dls(
     kw    = dict(after_item=[SquareCrop(size), ToTensor], after_batch=[ToUnitFloat], num_workers=num_workers, device=ifnone(device, default_device()))
     dls   = DataLoaders(ReadableDL(dsets.train, bs, shuffle=True, drop_last=True, **kw), ReadableDL(dsets.valid, bs, **kw),
                         path=ifnone(path, Path('.')), device=kw['device'])
-    if seed is not None:
-        for i,dl in enumerate(dls): dl.rng = random.Random(seed+i)
+    for i,dl in enumerate(dls):
+        dl.dataset.bad_files = Path(dls.path)/'bad_files.jsonl'
+        if seed is not None: dl.rng = random.Random(seed+i)
     return dls
 
-def _extensions():
-    Image.init()
-    return {e for e,kind in Image.registered_extensions().items() if kind in Image.OPEN}
+def _walk(path, extensions):
+    "All files below `path` that are not hidden, or those with the extensions; each folder once, where links go in circles"
+    def skipped(e): warnings.warn(f"could not look into {_shown(e.filename)} ({type(e).__name__}): its images are left out")
+    files,seen = L(),set()
+    for d,dirs,names in os.walk(path, followlinks=True, onerror=skipped):
+        real = os.path.realpath(d)
+        if real in seen: dirs.clear()
+        else:
+            seen.add(real)
+            dirs[:] = sorted(o for o in dirs if o[0]!='.')
+            files  += [Path(d,o) for o in names if o[0]!='.' and (extensions is None or os.path.splitext(o)[1].lower() in extensions)]
+    return files.sorted()
 
 def _find_files(src, any_kind):
     if not isinstance(src, (str,Path)): files,where = L(src).map(Path),'the list'
     else:
         path = Path(src)
-        if not path.is_dir(): raise ValueError(f"{path} is no folder: pass a folder of images, or a list of files")
-        files,where = get_files(path, extensions=None if any_kind else _extensions()).sorted(),path
+        if not path.is_dir(): raise ValueError(f"{_shown(path)} is no folder: pass a folder of images, or a list of files")
+        files,where = _walk(path, None if any_kind else _extensions()),_shown(path)
     if not files: raise ValueError(f"no images in {where} or below it: pass a folder that holds images such as .jpg or .png, "
                                    "or an open_fn for files of another kind")
     return files
