@@ -28,7 +28,7 @@ def test_a_loss_that_does_not_move():
     assert len(said)==1 and 'learned nothing yet' in said[0] and 'higher lr' in said[0]
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    learn = digits_learner(0, n_train=128)
+    learn = digits_learner(0, n_train=128, path=tmp_path)
     class Poison(Callback):
         order = 5
         def before_batch(self):
@@ -36,7 +36,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     with quiet(learn), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.fit_dino(4, cbs=[Poison(), RunCheckpoint(tmp_path)])
-    assert 'not a number' in learn.collapse_monitor.messages[0] and learn.epoch==1
+    said = learn.collapse_monitor.messages[0]
+    assert 'not a number' in said and 'Images [0, 1, 2' in said and 'nonfinite.pth holds the batch' in said and learn.epoch==1
+    rep = torch.load(tmp_path/'nonfinite.pth', weights_only=True)
+    assert rep['epoch']==1 and rep['batch']==0 and rep['temperatures']['tpt']>0 and all(math.isfinite(v) for v in rep['parameter_norms'].values()) and len(rep['views'])==4
     kept = torch.load(tmp_path/'checkpoint.pth', weights_only=True)
     assert kept['epoch']==1 and all(v.isfinite().all() for v in kept['model'].values())
     assert learn.loss_func is noop
