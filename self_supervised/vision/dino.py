@@ -242,7 +242,7 @@ def find_bs_of(
     "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-# %% ../../nbs/31_vision.dino.ipynb #e5cf4ffd
+# %% ../../nbs/31_vision.dino.ipynb #6307f365
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
@@ -259,7 +259,7 @@ def fit_dino(self:Learner,
     "Fit with warm-up and cosine of the learning rate, a cosine of the weight decay, and AdamW if no optimizer was chosen"
     both,bs,n_proc = self.cbs+L(cbs),find_bs_of(self.dls),max(1,num_distrib())
     n    = len(self.dls.train) if n_proc==1 else joint_len(len(self.dls.train_ds), bs, n_proc, self.dls.train.drop_last)
-    dino = first(both, lambda o: isinstance(o, DINO))
+    dino = first(both, lambda o: 'auto' in vars(o))              # not isinstance: a notebook that runs this cell has another DINO than the module
     if dino is None: raise ValueError("fit_dino needs a DINO callback: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
     if n==0: raise ValueError(f"{len(self.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
     acc = first(both, lambda o: isinstance(o, GradientAccumulation))
