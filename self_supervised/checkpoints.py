@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #e2337c05
+# %% ../nbs/07_checkpoints.ipynb #ecfe748e
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -58,20 +58,46 @@ def export_encoder(
         print(f"timm.create_model({call}, checkpoint_path='{file}'{norm})" if args else f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
     return file
 
+_foreign = 'weights of other projects go into an encoder with load_dino_weights(encoder, file)'
+
 def _build(meta, file):
     "The encoder of timm's arguments in `meta`"
-    if 'args' not in meta: raise ValueError(f"{file} holds the weights of a {meta.get('arch','module')} that timm does not know: pass the module as encoder=")
-    args = dict(meta['args'])
-    return create_encoder(args.pop('model_name'), n_in=args.pop('in_chans'), **{k:v for k,v in args.items() if k!='num_classes'})
+    if 'args' not in meta: raise ValueError(f"{file} holds the weights of a {meta.get('arch','module')} that timm does not know: pass the module as encoder=; {_foreign}")
+    try:
+        args = dict(meta['args'])
+        if outside := {'pretrained','pretrained_cfg','pretrained_cfg_overlay','checkpoint_path','cache_dir'} & set(args): raise ValueError(f"it asks for other files, by {min(outside)}")
+        return create_encoder(args.pop('model_name'), n_in=args.pop('in_chans'), **{k:v for k,v in args.items() if k!='num_classes'})
+    except Exception as e: raise ValueError(f"{file} describes an encoder that cannot be built ({first_line(e)}): export it again, or pass the module as encoder=") from e
 
 def _from_run(file, who):
     "Weights and metadata of an encoder in a checkpoint of `RunCheckpoint`"
     try: run = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file} is no checkpoint that can be read safely ({str(e).splitlines()[0]})") from e
-    if not isinstance(run, dict) or not {'model','epoch'}<=set(run): raise ValueError(f"{file} is no checkpoint of a run: pass a file that export_encoder or RunCheckpoint wrote")
+    except Exception as e: raise ValueError(f"{file} is no checkpoint that can be read safely ({first_line(e)}); {_foreign}") from e
+    if not isinstance(run, dict) or not {'model','epoch'}<=set(run) or not isinstance(run['model'], dict) or not all(isinstance(k, str) for k in run['model']): raise ValueError(f"{file} is no checkpoint of a run: pass a file that export_encoder or RunCheckpoint wrote; {_foreign}")
     state = {k.split('.0.encoder.',1)[1]:v for k,v in run['model'].items() if k.startswith(f'{who}.0.encoder.')}
     if not state: raise ValueError(f"{file} holds no {who}: it has {', '.join(sorted({k.split('.')[0] for k in run['model']}))}")
     return state, {k:v for k,v in dict(args=run.get('encoder'), mean=run['model'].get('mean'), std=run['model'].get('std')).items() if v is not None}
+
+def _from_safetensors(file, who):
+    "Weights and metadata of an encoder in a file of `export_encoder`"
+    try:
+        with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
+        if who=='student' and meta.get('who')!='student': raise ValueError(f"{file} holds the teacher's encoder: pass a checkpoint of the run for the student's, or leave who out")
+        return state,{k: v if k=='arch' else json.loads(v) for k,v in meta.items() if k in ('arch','args','mean','std')}
+    except (SafetensorError,json.JSONDecodeError) as e: raise ValueError(f"{file} is damaged, or no .safetensors file ({e}): export the encoder again") from e
+
+def _fill(encoder, state, meta, file):
+    "Weights and statistics into `encoder`, all of them or none"
+    before = {k:v.detach().clone() for k,v in encoder.state_dict().items()}
+    try:
+        stats = {k:torch.as_tensor(meta[k], dtype=torch.float32) for k in ('mean','std') if k in meta}
+        encoder.load_state_dict(state)
+    except Exception as e:
+        encoder.load_state_dict(before)
+        said = str(e).splitlines()[1:2] or [first_line(e)]      # PyTorch's first line names the class alone
+        raise ValueError(f"{file} does not fit the {type(encoder).__name__}, and nothing was loaded ({said[0].strip()}): make the encoder as it was for the file") from e
+    for k,v in stats.items(): setattr(encoder, k, v)
+    return encoder.eval()
 
 def load_encoder(
     file:str|Path, # What `export_encoder` wrote, or a checkpoint of `RunCheckpoint` (.pth)
@@ -81,18 +107,8 @@ def load_encoder(
     "Build the encoder that was exported or saved, and load its weights, all of them or none"
     if who not in ('teacher','student'): raise ValueError(f"who={who!r}: pass 'teacher' or 'student'")
     if not Path(file).is_file(): raise ValueError(f"{file} is no file: pass a .safetensors file that export_encoder wrote, or a checkpoint of a run (.pth)")
-    if Path(file).suffix=='.safetensors':
-        try:
-            with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
-        except SafetensorError as e: raise ValueError(f"{file} is damaged, or no .safetensors file ({e}): export the encoder again") from e
-        if who=='student' and meta.get('who')!='student': raise ValueError(f"{file} holds the teacher's encoder: pass a checkpoint of the run for the student's, or leave who out")
-        meta = {k: v if k=='arch' else json.loads(v) for k,v in meta.items() if k in ('arch','args','mean','std')}
-    else: state,meta = _from_run(file, who)
-    if encoder is None: encoder = _build(meta, file)
-    encoder.load_state_dict(state)
-    for k in ('mean','std'):
-        if k in meta: setattr(encoder, k, torch.as_tensor(meta[k]))
-    return encoder.eval()
+    state,meta = (_from_safetensors if Path(file).suffix=='.safetensors' else _from_run)(file, who)
+    return _fill(_build(meta, file) if encoder is None else encoder, state, meta, file)
 
 # %% ../nbs/07_checkpoints.ipynb #a159b209
 def random_state(

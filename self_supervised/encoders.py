@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'says_what_fits', 'check_sizes', 'encoder_of',
-           'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps',
-           'vit_tokens']
+           'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line', 'says_what_fits', 'check_sizes',
+           'encoder_of', 'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches',
+           'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #7a1a025d
 from fastai.vision.all import *
@@ -121,7 +121,7 @@ class MultiCropWrapper(Module):
             raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
         return out
 
-# %% ../nbs/02_encoders.ipynb #7d2fabcc
+# %% ../nbs/02_encoders.ipynb #14c981b5
 @contextmanager
 def eval_mode(
     m:nn.Module # A model
@@ -142,7 +142,14 @@ def channels_of(
     encoder:nn.Module # Any encoder
 )->int: # 3 where it does not say
     "Channels of the images that an encoder takes"
-    return getattr(encoder, 'timm_args', {}).get('in_chans') or nested_attr(encoder, 'patch_embed.proj.in_channels', None) or 3
+    return getattr(encoder, 'timm_args', {}).get('in_chans') or nested_attr(encoder, 'patch_embed.proj.in_channels', None) \
+        or first(p.shape[1] for p in encoder.parameters() if p.ndim==4) or 3
+
+def first_line(
+    e:BaseException # An error, of whatever library
+)->str: # Its kind, where it says nothing
+    "What an error says, in one line"
+    return (str(e).splitlines() or [type(e).__name__])[0]
 
 @contextmanager
 def says_what_fits(
@@ -155,14 +162,14 @@ def says_what_fits(
         raise ValueError(f"this {name} ends in a classifier of {encoder.num_classes} classes: make it with create_encoder or num_classes=0, or call its reset_classifier(0)")
     try: yield
     except (AssertionError, RuntimeError) as e:
-        c,said = channels_of(encoder),str(e).splitlines()[0] if str(e) else type(e).__name__
+        c,said = channels_of(encoder),first_line(e)
         if x.shape[1]!=c and 'channels' in said: raise ValueError(f"images of {x.shape[1]} channels for an encoder of {c}: open them {'in grey (open_gray)' if c==1 else f'with {c} channels'}") from e
         if isinstance(e, AssertionError) or 'size' in said and 'memory' not in said:
             raise ValueError(f"{name} cannot take images of {x.shape[-2]}x{x.shape[-1]} pixels ({said}): choose sides that are multiples of a patch, "
                              "or make the backbone with create_encoder, which asks timm for one that takes all sizes") from e
         raise
 
-# %% ../nbs/02_encoders.ipynb #c8d1f1dd
+# %% ../nbs/02_encoders.ipynb #69865d1a
 def check_sizes(
     encoder:nn.Module, # Images in, (bs, features) out
     sizes:list, # Sides of the views, in pixels, or (height, width)
@@ -178,7 +185,7 @@ def check_sizes(
         cfg  = getattr(encoder, 'pretrained_cfg', {})
         name = cfg.get('architecture', type(encoder).__name__)
         own  = cfg.get('input_size', (3,224,224))[-1]
-        raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({str(e).splitlines()[0]}). If it takes one size only, give all views that size: "
+        raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({first_line(e)}). If it takes one size only, give all views that size: "
                          f"get_dino_aug_pipelines(crop_sizes=({own},{own})); or choose a backbone for all sizes, such as vit_*, deit_*, swin_*, convnext_*, "
                          "resnet* or efficientnet_*; sizes must be multiples of a patch") from e
     return out.shape[1]

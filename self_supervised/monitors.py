@@ -76,7 +76,7 @@ class RankMeMonitor(Monitor):
         if self.rows: self.number = rankme(gather_rows(torch.cat(self.rows))).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #b62f01ee
+# %% ../nbs/20_monitors.ipynb #6cbf2c02
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
     order,run_valid = MixedPrecision.order+9,False
@@ -105,7 +105,7 @@ class CollapseMonitor(Callback):
         try:
             with atomic_path(file) as tmp: torch.save(rep, tmp)
             where = f"{file} holds the batch, norms and temperatures. "
-        except (OSError,RuntimeError) as e: where = f"{file} could not be written ({str(e).splitlines()[0]}). "
+        except (OSError,RuntimeError) as e: where = f"{file} could not be written ({first_line(e)}). "
         lost  = [n for n,v in norms.items() if not math.isfinite(v)]
         odd   = [i for i,ok in enumerate(torch.stack([v.isfinite().flatten(1).all(1) for v in views if len(v)==len(views[0])]).all(0).tolist()) if not ok]
         cause = f"Images {odd} of the batch hold NaN or infinity: look at how they are opened. " if odd else \

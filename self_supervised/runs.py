@@ -13,7 +13,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #f5dff89c
+# %% ../nbs/21_runs.ipynb #11766be3
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -27,6 +27,14 @@ def _link(src, dst):
     with atomic_path(dst) as tmp:
         try: os.link(src, tmp)
         except OSError: shutil.copyfile(src, tmp)
+
+_run_types = dict(model=dict, opt=dict, epoch=int, args=dict, scaler=(dict,type(None)), random=list, smooth_loss=(list,tuple))
+
+def _run_state(state):
+    "`state`, if it is one of a run"
+    odd = [k for k,t in _run_types.items() if not isinstance(state, dict) or not isinstance(state.get(k, ...), t)]
+    if odd: raise ValueError(f"it has no {', '.join(odd)} of a run")
+    return state
 
 class RunCheckpoint(Callback):
     "Saves the whole run after each epoch, and resumes it"
@@ -57,10 +65,10 @@ class RunCheckpoint(Callback):
         bad = []
         for f in files:
             try:
-                state = torch.load(f, map_location='cpu', weights_only=True)
+                state = _run_state(torch.load(f, map_location='cpu', weights_only=True))
                 if bad: warnings.warn(f"{'; '.join(bad)}: going on from {f.name}, which has {state['epoch']} epochs behind it")
                 return f,state
-            except Exception as e: bad.append(f"{f} is no checkpoint of a run that can be read ({(str(e).splitlines() or [type(e).__name__])[0]})")
+            except Exception as e: bad.append(f"{f} is no checkpoint of a run that can be read ({first_line(e)})")
         if bad: raise ValueError(f"{'; '.join(bad)}: start without resuming, in another folder")
         return None,None
 
@@ -70,13 +78,22 @@ class RunCheckpoint(Callback):
         changed = {k:(v,self.run_args.get(k)) for k,v in state['args'].items() if self.run_args.get(k)!=v} if self.run_args else {}
         if changed: raise ValueError(f"{self.folder} was run with other settings, then and now: {changed}: pass the same, or another folder")
         if state['epoch']>self.n_epoch: raise ValueError(f"{file} has {state['epoch']} epochs behind it, more than the {self.n_epoch} asked for: ask for more epochs")
+        before = deepcopy(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=None))
+        try: self._put(state)
+        except Exception as e:
+            self._put(before)
+            raise ValueError(f"{file} does not fit this run, and nothing was loaded ({' '.join((str(e).splitlines() or [type(e).__name__])[:2])}): pass the settings of that run, or another folder") from e
+        if len(state['random'])!=n_processes():
+            warnings.warn(f"{file} is of {len(state['random'])} processes, this run has {n_processes()}: it goes on, with other random numbers than an uninterrupted run")
+        self.first_epoch,self.state,self.resume = state['epoch'],state,False
+
+    def _put(self, state):
         get_model(self.model).load_state_dict(state['model'])
         dev = next(self.model.parameters()).device
         self.opt.load_state_dict(to_device(state['opt'], dev) if isinstance(self.opt, Optimizer) else state['opt'])      # PyTorch's moves it itself
         if state['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(state['scaler'])
-        if len(state['random'])!=n_processes():
-            warnings.warn(f"{file} is of {len(state['random'])} processes, this run has {n_processes()}: it goes on, with other random numbers than an uninterrupted run")
-        self.first_epoch,self.state,self.resume = state['epoch'],state,False
+        if len(state.get('random', ()))==n_processes():
+            with random_kept(self.dls): set_random_state(state['random'][rank_distrib()], self.dls)           # else it is found out when the model is trained on
 
     def before_epoch(self):
         if self.epoch<self.first_epoch: raise CancelEpochException()
@@ -102,7 +119,7 @@ class RunCheckpoint(Callback):
             if self.keep_every and (self.epoch+1)%self.keep_every==0: _link(self.file(), self.folder/f'checkpoint{self.epoch+1:04d}.pth')
         except (OSError,RuntimeError) as e:                      # PyTorch says of a full disk that writing failed
             whole = f"; that of epoch {self.epoch} is whole" if self.epoch else ''
-            raise OSError(f"the checkpoint of epoch {self.epoch+1} could not be written to {self.folder} ({str(e).splitlines()[0]}){whole}: make room or pass another folder, and resume") from e
+            raise OSError(f"the checkpoint of epoch {self.epoch+1} could not be written to {self.folder} ({first_line(e)}){whole}: make room or pass another folder, and resume") from e
 
 # %% ../nbs/21_runs.ipynb #bc8b0943
 class TimeLimit(Callback):

@@ -192,7 +192,7 @@ def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='f
             with torch.no_grad(), autocast_to(precision, dev): f = encode(enc, norm(view(undo(x.to(dev)))), n_blocks, avgpool)
             yield f.float(),y.as_subclass(Tensor)
 
-# %% ../../nbs/11_evaluation.linear.ipynb #d8c7a219
+# %% ../../nbs/11_evaluation.linear.ipynb #39fb1e63
 def load_linear_weights(
     file:str|Path, # A file such as dino_deitsmall16_linearweights.pth
     encoder:nn.Module|None=None # The encoder that it belongs to, to say what it stands on
@@ -200,11 +200,14 @@ def load_linear_weights(
     "Read a linear classifier of the reference"
     if not Path(file).is_file(): raise ValueError(f"{file} is no file: pass a classifier such as dino_deitsmall16_linearweights.pth")
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file} is no file of plain weights ({str(e).splitlines()[0]})") from e
+    except Exception as e: raise ValueError(f"{file} is no file of plain weights ({first_line(e)})") from e
+    state = state.get('state_dict', state) if isinstance(state, dict) else state
     if not isinstance(state, dict): raise ValueError(f"{file} holds a {type(state).__name__}, not the weight and bias of a linear classifier")
-    state = {k.removeprefix('module.').removeprefix('linear.'):v for k,v in state.get('state_dict', state).items()}
+    state = {str(k).removeprefix('module.').removeprefix('linear.'):v for k,v in state.items()}
     if set(state)!={'weight','bias'}: raise ValueError(f"{file} holds {', '.join(sorted(state)[:4]) or 'nothing'}, not the weight and bias of a linear classifier")
-    lin = nn.Linear(*state['weight'].shape[::-1])
+    w,b = state['weight'],state['bias']
+    if not (isinstance(w, Tensor) and isinstance(b, Tensor) and w.ndim==2 and w.numel() and b.shape==w.shape[:1]): raise ValueError(f"{file} holds no weight (classes, features) and bias (classes,) of a linear classifier")
+    lin = nn.Linear(*w.shape[::-1])
     lin.load_state_dict(state)
     if encoder is None: return lin,{}
     d,nf = getattr(encoder_of(encoder), 'num_features', lin.in_features),lin.in_features

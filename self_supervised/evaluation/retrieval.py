@@ -148,7 +148,7 @@ def retrieval_features(
     if boxes is not None and len(boxes)!=len(images): raise ValueError(f"{len(images)} images but {len(boxes)} boxes: pass one box an image")
     return image_features(model, images, partial(_fit, size, boxes), partial(_at_scales, scales), **kwargs)
 
-# %% ../../nbs/14_evaluation.retrieval.ipynb #397eb8a7
+# %% ../../nbs/14_evaluation.retrieval.ipynb #74d98728
 def _numpy_makers():
     "What pickles of arrays and their scalars call, by every name that NumPy had for it"
     named  = {'_reconstruct': np.empty(0).__reduce__()[0], 'scalar': np.float64(0).__reduce__()[0], '_frombuffer': np.arange(2).__reduce_ex__(5)[0]}
@@ -179,12 +179,14 @@ def read_revisited(
     cfg = _read_plain(file)
     lacks = [k for k in ('imlist','qimlist','gnd') if not isinstance(cfg, dict) or k not in cfg]
     if lacks: raise ValueError(f"{file} has no {', '.join(lacks)}: it should be a dict of imlist, qimlist and gnd, as Radenović et al. published it")
-    if not all(isinstance(g, dict) for g in cfg['gnd']): raise ValueError(f"{file} has a gnd that is no list of dicts: get it again from its publisher")
+    lists = all(isinstance(cfg[k], (list,tuple,np.ndarray)) for k in ('imlist','qimlist','gnd'))
+    if not lists or not all(isinstance(g, dict) for g in cfg['gnd']): raise ValueError(f"{file} has no lists of names, or a gnd that is no list of dicts: get it again from its publisher")
     db,queries = ([root/'jpg'/f'{o}.jpg' for o in cfg[k]] for k in ('imlist','qimlist'))
     gone = [o for o in db+queries if not o.is_file()]
     if gone: raise ValueError(f"{len(gone)} of {len(db)+len(queries)} images are missing, the first is {gone[0]}: put all images of {name} into {root/'jpg'}")
-    plain = dict(easy=_ids, hard=_ids, junk=_ids, bbx=lambda g,k: np.ravel(g[k[0]]))
-    gnd = [{k: f(g, [k]).tolist() for k,f in plain.items() if k in g} for g in cfg['gnd']]
+    plain = dict(easy=_ids, hard=_ids, junk=_ids, bbx=lambda g,k: np.asarray(g[k[0]], float).reshape(4))
+    try: gnd = [{k: f(g, [k]).tolist() for k,f in plain.items() if k in g} for g in cfg['gnd']]
+    except (TypeError,ValueError,OverflowError) as e: raise ValueError(f"{file} has indices or boxes that are no numbers ({e}): get it again from its publisher") from e
     _check_gnd(gnd, len(queries), len(db))
     return db,queries,gnd
 

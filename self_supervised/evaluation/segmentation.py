@@ -58,7 +58,7 @@ def summarise_heads(
     heads = torch.stack([o.mean(0) for o in ious]).mean(0)
     return {'best head for each object': torch.stack([o.max(1).values.mean() for o in ious]).mean().item(), 'one head': heads.max().item(), 'head': int(heads.argmax())}
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #e23952d1
+# %% ../../nbs/17_evaluation.segmentation.ipynb #2b4d2dcd
 def mask_pairs(
     images:str|Path, # Folder of images
     masks:str|Path # Folder of masks with the same names, of any suffix
@@ -89,8 +89,9 @@ def open_labels(
     file:str|Path # A PNG: a palette, grey levels that are labels, or black and white
 )->Tensor: # (H,W), int64
     "A map of labels from a file; where there is nothing but 0 and 255, 255 is the object"
-    im = Image.open(file)
-    labels = read_mask(im.convert('L') if im.mode=='1' else file).long()
+    im = open_stored(file)
+    if im.mode not in ('1','P','L'): read_mask(file)             # says why it is no mask
+    labels = read_mask(im.convert('L') if im.mode=='1' else im).long()
     return (labels>0).long() if im.mode!='P' and set(labels.unique().tolist())<={0,255} else labels
 
 # %% ../../nbs/17_evaluation.segmentation.ipynb #7d29ccc7

@@ -12,7 +12,7 @@ from ..objectives import *
 from ..features import *
 from ..checkpoints import *
 
-# %% ../../nbs/19_evaluation.unlabelled.ipynb #595c6d69
+# %% ../../nbs/19_evaluation.unlabelled.ipynb #01713977
 @delegates(extract_features, but=['file'])
 def rank_table(
     models:dict, # Name of a row, an epoch say, to what `extract_features` takes, or to a file that `load_encoder` takes
@@ -40,6 +40,6 @@ def run_checkpoints(
     files  = {int(f.stem[len('checkpoint'):]):f for f in folder.glob('checkpoint*.pth') if f.stem[len('checkpoint'):].isdigit()}
     if (folder/'checkpoint.pth').exists():
         try: files.setdefault(torch.load(folder/'checkpoint.pth', map_location='cpu', weights_only=True, mmap=True)['epoch'], folder/'checkpoint.pth')
-        except Exception as e: raise ValueError(f"{folder/'checkpoint.pth'} is no checkpoint of a run ({(str(e).splitlines() or [type(e).__name__])[0]})") from e
+        except Exception as e: raise ValueError(f"{folder/'checkpoint.pth'} is no checkpoint of a run ({first_line(e)})") from e
     if not files: raise ValueError(f"{folder} holds no checkpoint: train with RunCheckpoint(keep_every=...) or dino_train --saveckp-freq")
     return dict(sorted(files.items()))

@@ -56,7 +56,7 @@ def propagate(
     if not maps: raise ValueError("a video without frames: pass features of one frame or more")
     return torch.stack(maps)
 
-# %% ../../nbs/16_evaluation.video.ipynb #2b3b47e4
+# %% ../../nbs/16_evaluation.video.ipynb #ea6d3a5b
 def davis_palette(
 )->np.ndarray: # Red, green and blue of each label, uint8, (256, 3)
     "The colour map of PASCAL VOC and DAVIS"
@@ -80,7 +80,7 @@ def read_mask(
     file:str|Path|Image.Image # An image with a palette, or a grey one whose values are labels
 )->Tensor: # Labels, uint8, (H,W)
     "Labels from an image"
-    im = file if isinstance(file, Image.Image) else Image.open(file)
+    im = file if isinstance(file, Image.Image) else open_stored(file)
     if im.mode not in ('P','L'):
         name = 'the mask' if file is im else file
         raise ValueError(f"{name} is an image of mode {im.mode!r}, and colours are no labels: pass one with a palette ('P') or grey ('L'), such as `write_mask` writes")
