@@ -97,7 +97,55 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     "A ViT of patch 4 and 64 features, 3 blocks and 4 heads for images of 16 pixels and more: 150 thousand parameters"
     return _with_cfg(timm.models.VisionTransformer(**merge(dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4), _own(kwargs))), kwargs)
 
-# %% ../nbs/02_encoders.ipynb #f72a7cca
+# %% ../nbs/02_encoders.ipynb #12ad43b9
+_VT = timm.models.VisionTransformer
+
+def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
+
+def _one_row_is_read(encoder):
+    "Is it a plain vision transformer of timm's that gives the class token, and would nobody see the other rows of its last block?"
+    if not isinstance(encoder, _VT) or any(getattr(type(encoder),o) is not getattr(_VT,o) for o in ('forward','forward_features','forward_head','pool')): return False
+    block = encoder.blocks[-1] if len(encoder.blocks) else None
+    if type(block) is not timm.models.vision_transformer.Block or type(block.attn) is not timm.layers.Attention or type(block.attn.qkv) is not nn.Linear: return False
+    if encoder.global_pool!='token' or encoder.cls_token is None or encoder.attn_pool is not None or block.attn.gate is not None or block.attn.attn_drop.p: return False
+    return torch.compiler.is_compiling() or getattr(encoder, '_compiled_call_impl', None) is None and not any(_hooked(m) for m in encoder.modules())
+
+def _class_row(
+    block:nn.Module, # A `Block` of timm's
+    x:Tensor # Tokens (n,tokens,d)
+)->Tensor: # (n,1,d)
+    "The first token behind a block: one query, and the keys and values of all tokens"
+    a,y   = block.attn,block.norm1(x)
+    n,t,d = *y.shape[:2],a.attn_dim
+    w,b   = a.qkv.weight,a.qkv.bias
+    q     = F.linear(y[:,:1], w[:d], None if b is None else b[:d]).reshape(n, 1, a.num_heads, -1).transpose(1,2)
+    k,v   = F.linear(y, w[d:], None if b is None else b[d:]).reshape(n, t, 2, a.num_heads, -1).permute(2,0,3,1,4)
+    q,k   = a.q_norm(q),a.k_norm(k)
+    o = F.scaled_dot_product_attention(q, k, v) if a.fused_attn else (q*a.scale@k.mT).softmax(-1)@v
+    x = x[:,:1] + block.drop_path1(block.ls1(a.proj_drop(a.proj(a.norm(o.transpose(1,2).reshape(n,1,d))))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+def _class_features(enc, x):
+    "What `enc(x)` gives"
+    x = enc.norm_pre(enc.patch_drop(enc._pos_embed(enc.patch_embed(x))))
+    x = timm.models.checkpoint_seq(enc.blocks[:-1], x) if enc.grad_checkpointing else enc.blocks[:-1](x)
+    return enc.forward_head(enc.norm(_class_row(enc.blocks[-1], x)))
+
+@contextmanager
+def _plain_attention(*attns):
+    was = [a.fused_attn for a in attns]
+    for a in attns: a.fused_attn = False
+    try: yield
+    finally:
+        for a,w in zip(attns, was): a.fused_attn = w
+
+def _slow_when_fused(encoder, x):
+    "Attention layers that are faster written out: on a CPU in bfloat16"
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    if x.device.type!='cpu' or dtype!=torch.bfloat16 or torch.compiler.is_compiling(): return []
+    return [m for m in encoder.modules() if getattr(m, 'fused_attn', False)]
+
+# %% ../nbs/02_encoders.ipynb #bb64d6c1
 class MultiCropWrapper(Module):
     "An encoder that takes a list of views, one forward for each size (Caron et al. 2020, multi-crop)"
     def __init__(self,
@@ -115,7 +163,10 @@ class MultiCropWrapper(Module):
         return torch.cat(outs)
 
     def _encode(self, x):
-        out = self.encoder(x)
+        enc = self.encoder
+        if isinstance(enc, nn.Module):
+            with _plain_attention(*_slow_when_fused(enc, x)): out = (_class_features if _one_row_is_read(enc) else nn.Module.__call__)(enc, x)
+        else: out = enc(x)
         if isinstance(out, (tuple,list)): out = out[0]
         if out.ndim!=2:
             raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
@@ -203,7 +254,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #352ca0d4
+# %% ../nbs/02_encoders.ipynb #4d9b8fe9
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -212,13 +263,6 @@ def eager(
     if getattr(encoder, '_compiled_call_impl', None) is None: yield
     else:
         with torch.compiler.set_stance('force_eager'): yield
-
-@contextmanager
-def _plain_attention(attn):
-    was = attn.fused_attn
-    attn.fused_attn = False
-    try: yield
-    finally: attn.fused_attn = was
 
 def last_attention(
     encoder:nn.Module, # A timm vision transformer

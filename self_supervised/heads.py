@@ -25,7 +25,7 @@ class WeightNormLinear(Module):
     def forward(self, x): return F.linear(x, self.weight)
     def extra_repr(self): return f'{self.n_in}, {self.n_out}, train_g={self.weight_g.requires_grad}'
 
-# %% ../nbs/03_heads.ipynb #1582f633
+# %% ../nbs/03_heads.ipynb #f85db37f
 class DINOHead(Module):
     "Projection head of DINO (Caron et al. 2021, section 3.2)"
     def __init__(self,
@@ -51,9 +51,14 @@ class DINOHead(Module):
     def forward(self,
         x:Tensor # Features (n, in_dim)
     )->Tensor: # Logits (n, out_dim)
-        x = self.mlp(x)
-        with torch.autocast(x.device.type, enabled=False):       # what a temperature of .04 divides must not be rounded to 8 bits
-            return self.last_layer(unit_norm(x.to(self.last_layer.weight_v.dtype)))
+        x = self.rows(x)
+        with torch.autocast(x.device.type, enabled=False): return self.last_layer(x)
+
+    def rows(self,
+        x:Tensor # Features (n, in_dim)
+    )->Tensor: # (n, bottleneck_dim), rows of length 1, of the precision of the weights: what a temperature of .04 divides must not be rounded to 8 bits
+        "What the last layer multiplies"
+        return unit_norm(self.mlp(x).to(self.last_layer.weight_v.dtype))
 
 def unit_norm(
     x:Tensor # (n, d), of any precision

@@ -32,7 +32,7 @@ _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', '
          'encoder_of', 'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls', 'digits_dls',
          'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
 
-# %% ../../nbs/31_vision.dino.ipynb #e1c3d348
+# %% ../../nbs/31_vision.dino.ipynb #59ab5fea
 class DINOModel(Module):
     "Student, teacher and centre in one module, so that saving, loading and `lr_find` treat them as one"
     def __init__(self,
@@ -49,7 +49,11 @@ class DINOModel(Module):
         self.set_stats(*(stats or imagenet_stats))
         self.train()
 
-    def forward(self, x): return self.student(x)
+    def forward(self,
+        x:Tensor|list, # Images, or a list of views
+        logits:bool=True # False: what the last layer of the student's head is about to multiply
+    )->Tensor: # (n_views*bs, K), crop-major; or (n_views*bs, bottleneck_dim)
+        return self.student(x) if logits else self.student[-1].rows(self.student[:-1](x))
 
     def set_stats(self, mean, std):
         "The statistics that images are normalised with, (C,) each"
@@ -103,7 +107,7 @@ def create_dino_model(
     stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return DINOModel(nn.Sequential(MultiCropWrapper(enc), DINOHead(nf, out_dim, **head)), stats=stats)
 
-# %% ../../nbs/31_vision.dino.ipynb #6d989c12
+# %% ../../nbs/31_vision.dino.ipynb #5df8f633
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -113,7 +117,9 @@ def clip_per_param(
     grads = [p.grad for p in params if p.grad is not None]
     if not grads: return
     norms = torch.stack(torch._foreach_norm(grads))
-    torch._foreach_mul_(grads, list((max_norm/(norms+1e-6)).clamp(max=1).unbind()))
+    if norms.device.type!='cpu': return torch._foreach_mul_(grads, list((max_norm/(norms+1e-6)).clamp(max=1).unbind()))        # without waiting for the device
+    for g,n in zip(grads, norms.tolist()):
+        if n+1e-6>max_norm: g.mul_(max_norm/(n+1e-6))
 
 class DINO(TeacherStudent):
     "Self-distillation with no labels (Caron et al. 2021)"
@@ -130,10 +136,11 @@ class DINO(TeacherStudent):
         tpt_sched:Callable=SchedLin, # Its shape, by the epoch
         tps:float=0.1, # Temperature of the student
         freeze_last_layer:int=1, # Epochs that the last layer stays as drawn; more if the loss does not decrease
-        clip:float|None=3. # Largest norm of each parameter's gradient; None: off
+        clip:float|None=3., # Largest norm of each parameter's gradient; None: off
+        chunked_loss:bool=False # Never hold the logits of all views at a time? Less memory where K is large, the same numbers
     ):
         super().__init__(aug_pipelines, large_crop_ids, cmom, tmom_start, tmom_end, tmom_sched)
-        store_attr('tpt_start,tpt_end,tpt_warmup_pct,tpt_sched,tps,freeze_last_layer,clip')
+        store_attr('tpt_start,tpt_end,tpt_warmup_pct,tpt_sched,tps,freeze_last_layer,clip,chunked_loss')
         self.auto = None                                         # settings that `fit_dino` chooses, with the values that it gave them
 
     @property
@@ -141,16 +148,25 @@ class DINO(TeacherStudent):
 
     def before_fit(self):
         super().before_fit()
-        if not self.aside: set_metrics(self.learn, teacher_entropy=self.mean_entropy, kl=self.mean_kl)
+        if self.aside: return
+        last = self.nets.student[-1] if isinstance(self.nets.student, nn.Sequential) else self.nets.student
+        if self.chunked_loss and not (hasattr(last, 'rows') and hasattr(last, 'last_layer')):
+            raise ValueError(f"chunked_loss=True needs a student that ends in a DINOHead, and this one ends in a {type(last).__name__}: pass chunked_loss=False")
+        set_metrics(self.learn, teacher_entropy=self.mean_entropy, kl=self.mean_kl)
     def mean_entropy(self): return (self.learn.view_stats or {}).get('entropy')
     def mean_kl(self):      return (self.learn.view_stats or {}).get('kl')
 
+    def before_batch(self):
+        super().before_batch()
+        if self.chunked_loss and not self.aside: self.learn.xb = (*self.xb,False)
+
     def lf(self, pred, *yb):
-        teacher = torch.cat(yb[0])
-        loss = dino_loss(pred, teacher, self.nets.C, self.tps, self.tpt, self.large_crop_ids)
+        target = teacher_probs(torch.cat(yb[0]), self.nets.C, self.tpt)
+        if self.chunked_loss: loss = linear_pair_loss(pred, self.nets.student[-1].last_layer.weight, target, self.tps, self.large_crop_ids)
+        else: loss = pair_loss(pred, target, self.tps, self.large_crop_ids)
         if self.training:
             bs = find_bs(yb)
-            self.sums = self.sums + bs*torch.stack([loss.detach(), teacher_entropy(teacher, self.nets.C, self.tpt)])     # on the device: no waiting for it
+            self.sums = self.sums + bs*torch.stack([loss.detach(), entropy(target)])     # on the device: no waiting for it
             self.n_seen += bs
         return loss
 
@@ -168,7 +184,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #1cbcea83
+# %% ../../nbs/31_vision.dino.ipynb #42629987
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -176,7 +192,7 @@ class TorchOptim(OptimWrapper):
 
 def dino_opt(params, lr, **kwargs)->OptimWrapper:
     "AdamW with the reference's betas and eps; fastai's own Adam has others"
-    return TorchOptim(params, torch.optim.AdamW, lr=lr, betas=(.9,.999), eps=1e-8)
+    return TorchOptim(params, torch.optim.AdamW, lr=lr, betas=(.9,.999), eps=1e-8, fused=True)
 
 def crop_sizes_for(
     size:int, # Side of the images, in pixels
@@ -197,7 +213,7 @@ def dino_learner(
     out_dim:int|None=None, # K, the number of prototypes; default: by the number of images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
-    compile:bool=False, # Compile the encoders of student and teacher? The first batches take minutes, names of weights stay
+    compile:bool=False, # Compile the encoders of student and teacher? The first batches take minutes, then it is faster; names of weights stay
     grad_checkpointing:bool=False, # Keep fewer activations of the student and compute them again? A third slower, and room for larger backbones
     **kwargs # For `DINO`, `Learner` and `create_dino_model`, told apart by their names
 )->Learner: # With `learn.dino` and monitors
@@ -223,7 +239,7 @@ def dino_learner(
     with random_kept(): check_sizes(enc, [tuple(v.shape[-2:]) for v in dino.make_views(x)], n_in)
     if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
     if compile:
-        for who in ('student','teacher'): encoder_of(model, who).compile()
+        for net in (model.student,model.teacher): (net[0] if isinstance(net, nn.Sequential) and isinstance(net[0], MultiCropWrapper) else net).compile()
     dino.auto = {k:getattr(dino,k) for k in _auto if k not in dino_kw}
     n = len(dls.train_ds)
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
