@@ -5,14 +5,19 @@
 # %% auto #0
 __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'adjust_brightness_', 'adjust_contrast_',
            'adjust_saturation_', 'adjust_hue_', 'color_jitter', 'blur_matmul', 'gaussian_blur', 'solarize', 'View',
-           'make_views', 'stats_of', 'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views']
+           'make_views', 'stats_of', 'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines',
+           'RandomResizedCropFlip', 'ColorJitterPerImage', 'show_views']
 
 # %% ../nbs/01_augmentations.ipynb #828aed53
 from fastai.vision.all import *
 from itertools import groupby
 import kornia, kornia.augmentation as K
 
-# %% ../nbs/01_augmentations.ipynb #18136aeb
+# %% ../nbs/01_augmentations.ipynb #7ea94777
+def _way(x):
+    "Does `x` want an image at a time, as a CPU's cache does? And in what precision is it worked on?"
+    return x.device.type=='cpu', torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32
+
 def _cubic(x, a=-.5):
     x = x.abs()
     return torch.where(x<1, ((a+2)*x - (a+3))*x*x + 1, torch.where(x<2, ((x-5)*x+8)*x*a - 4*a, 0.))
@@ -61,7 +66,8 @@ def crop_resize(
 )->Tensor: # (n*bs,C,size,size) of the type of `x`
     "Cut boxes out of images, resize and flip them: as is fastest on the device of `x`"
     if flip is None: flip = torch.zeros(len(boxes), dtype=torch.bool)
-    if x.device.type!='cpu': return crop_matmul(x, boxes, size, flip, torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32)
+    each,dtype = _way(x)
+    if not each: return crop_matmul(x, boxes, size, flip, dtype)
     x,out = x.contiguous(memory_format=torch.channels_last),x.new_empty(len(boxes),x.shape[1],size,size)
     for i,((t,l,h,w),f) in enumerate(zip(boxes.int().tolist(), flip.tolist())):
         k = i%len(x)
@@ -136,7 +142,7 @@ def color_jitter(
             if len(y): _jitters[op](y, f[:,op])
     return x.index_select(0, where.argsort().to(x.device, non_blocking=True))
 
-# %% ../nbs/01_augmentations.ipynb #803b72ef
+# %% ../nbs/01_augmentations.ipynb #fa16f062
 def _gauss(sigma, r):
     t = torch.arange(-r, r+1, device=sigma.device)
     w = torch.exp(-t**2/(2*sigma[:,None]**2))*(t.abs()<=torch.ceil(3*sigma[:,None]))
@@ -154,7 +160,7 @@ def gaussian_blur(
 )->Tensor: # As `x`
     "Blur each image by its own deviation"
     r = math.ceil(3*sigma.max())
-    if x.device.type!='cpu': return blur_matmul(x, sigma.to(x.device, non_blocking=True), r)
+    if not _way(x)[0]: return blur_matmul(x, sigma.to(x.device, non_blocking=True), r)
     w = _gauss(sigma, r).T[...,None,None,None]
     for dim,pad in ((2,(0,0,r,r)),(3,(r,r,0,0))):
         p,size = F.pad(x, pad, mode='replicate'),x.shape[dim]
@@ -164,7 +170,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # what is brighter than one half, inverted
 
-# %% ../nbs/01_augmentations.ipynb #fdb5ff74
+# %% ../nbs/01_augmentations.ipynb #e705033d
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -225,7 +231,7 @@ class View:
     )->Tensor: # Views (m,C,size,size), normalised
         "Do what was drawn; on a CPU, for as many images at once as its cache holds"
         crops = crop_resize(x, d['boxes'], self.size, d['flip'])
-        n = max(1, 2**15//crops[0].numel()) if x.device.type=='cpu' else len(crops)
+        n = max(1, 2**15//crops[0].numel()) if _way(x)[0] else len(crops)
         out = torch.empty(crops.shape, device=x.device)
         for y,o,*v in zip(*(o.split(n) for o in (crops,out,*d.values()))): self._change(y, dict(zip(d,v)), o)
         return out
@@ -238,7 +244,7 @@ class View:
             elif len(ids):
                 at = ids.to(dev, non_blocking=True)
                 y[at] = f(y[at], *(o[ids] for o in args))
-        y = _unit(y, torch.half if y.is_cuda else torch.float32)
+        y = _unit(y, _way(y)[1])
         for k in (1,2,3) if d['turns'].any() else (): change(d['turns']==k, lambda o: o.rot90(k, (2,3)))
         if d['degrees'].any(): y = kornia.geometry.transform.rotate(y, d['degrees'].to(y), padding_mode='reflection')
         y = color_jitter(y, d['factors'], d['order'], d['jitter'][:,None] & d['ops'])
@@ -333,6 +339,64 @@ def get_digits_aug_pipelines(
     "Views for the embedded digits"
     return get_dino_aug_pipelines(num_crops, crop_sizes, **merge(dict(min_scales=(.5,.3), max_scales=(1.,.7), flip_p=0., rotate_deg=10., saturation=0., hue=0., gray_p=0.,
                                                                       blur_p=.5, blur_sigma=(.1,.6), solarize_p=0.), kwargs))
+
+# %% ../nbs/01_augmentations.ipynb #c7a5e6ff
+class _CropFlipGenerator(K.random_generator.ResizedCropGenerator):
+    def forward(self, batch_shape, same_on_batch=False):
+        flip = torch.rand(1 if same_on_batch else batch_shape[0])<self.flip_p
+        return {**super().forward(batch_shape, same_on_batch), 'flip': flip.expand(batch_shape[0])}
+
+class RandomResizedCropFlip(K.RandomResizedCrop):
+    "kornia's `RandomResizedCrop`, bicubic and antialiased as Pillow's, and `RandomHorizontalFlip` in one"
+    def __init__(self,
+        size:int, # Side of the crops, in pixels
+        scale:tuple=(.4,1.), # Range of the box's area, as a part of the image's
+        ratio:tuple=(3/4,4/3), # Range of width over height
+        flip_p:float=.5, # Probability to mirror left and right
+        same_on_batch:bool=False, # The same box for all images
+        keepdim:bool=False # Give one image without a batch dimension as such
+    ):
+        super().__init__((size,size), scale, ratio, resample='bicubic', align_corners=False, same_on_batch=same_on_batch, keepdim=keepdim)
+        self._param_generator = _CropFlipGenerator((size,size), scale, ratio)
+        self._param_generator.flip_p = flip_p
+        self._compute_matrix_lazily = False
+
+    def compute_transformation(self, input, params, flags):
+        m,w = super().compute_transformation(input, params, flags),flags['size'][1]
+        return torch.where(params['flip'].to(m.device)[:,None,None], m.new_tensor([[-1,0,w-1],[0,1,0],[0,0,1]]) @ m, m)
+
+    @torch.no_grad()
+    def apply_transform(self, input, params, flags, transform=None):
+        flip,src = params['flip'],params['src'].cpu().flip(-1)                               # corners (y,x), clockwise from the upper left
+        if flags['resample']==kornia.constants.Resample.BICUBIC:
+            return crop_resize(input.float(), torch.cat([src[:,0],src[:,2]-src[:,0]+1], 1), flags['size'][0], flip).to(input.dtype)
+        y = super().apply_transform(input, params, flags, transform)
+        return torch.where(flip.to(y.device)[:,None,None,None], y.flip(-1), y)
+
+class _JitterGenerator(K.random_generator.ColorJitterGenerator):
+    def forward(self, batch_shape, same_on_batch=False):
+        order = torch.rand(1 if same_on_batch else batch_shape[0], 4).argsort(1)
+        return {**super().forward(batch_shape, same_on_batch), 'order': order.expand(batch_shape[0],4)}
+
+class ColorJitterPerImage(K.ColorJitter):
+    "kornia's `ColorJitter` with an order for each image, on those images alone that are drawn"
+    def __init__(self,
+        brightness:float=.4, # Largest change of brightness: factors 1 ± this
+        contrast:float=.4, # Largest change of contrast: factors 1 ± this
+        saturation:float=.2, # Largest change of saturation: factors 1 ± this
+        hue:float=.1, # Largest change of hue, as a part of the colour circle
+        p:float=.8, # Probability to change the colours
+        same_on_batch:bool=False, # The same change for all images
+        keepdim:bool=False # Give one image without a batch dimension as such
+    ):
+        super().__init__(brightness, contrast, saturation, hue, same_on_batch, p, keepdim)
+        self._param_generator = _JitterGenerator(brightness, contrast, saturation, hue)
+
+    @torch.no_grad()
+    def apply_transform(self, input, params, flags, transform=None):
+        f  = torch.stack([params[f'{o}_factor'] for o in ('brightness','contrast','saturation','hue')], 1).float().cpu()
+        on = (params['batch_prob']>.5).cpu()[:,None] & (f!=tensor([1.,1.,1.,0.]))
+        return color_jitter(input.float().clamp(0,1), f, params['order'].cpu(), on).to(input.dtype)
 
 # %% ../nbs/01_augmentations.ipynb #da2ccafa
 def show_views(
