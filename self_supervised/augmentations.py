@@ -13,10 +13,13 @@ from fastai.vision.all import *
 from itertools import groupby
 import kornia, kornia.augmentation as K
 
-# %% ../nbs/01_augmentations.ipynb #7ea94777
+# %% ../nbs/01_augmentations.ipynb #da7c5388
 def _way(x):
-    "Does `x` want an image at a time, as a CPU's cache does? And in what precision is it worked on?"
-    return x.device.type=='cpu', torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32
+    "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
+    return x.device.type=='cpu' and x[0,0].numel()>64**2, torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32
+
+def _plain(x): return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
+def _unit(x, dtype=torch.float32): return _plain(x).to(dtype).div_(255) if x.dtype==torch.uint8 else _plain(x)
 
 def _cubic(x, a=-.5):
     x = x.abs()
@@ -50,20 +53,19 @@ def crop_matmul(
     size:int, # Side of the crops, in pixels
     flip:Tensor, # Mirror left and right? (n*bs,) booleans
     dtype:torch.dtype=torch.float32 # Precision of the products
-)->Tensor: # (n*bs,C,size,size) of the type of `x`
+)->Tensor: # (n*bs,C,size,size) in [0,1]
     "Cut boxes out of images, resize and flip them, by two matrix products"
     boxes,flip = (o.to(x.device, non_blocking=True) for o in (boxes,flip))
     rows,cols  = resize_matrix(boxes[:,0],boxes[:,2],x.shape[2],size),resize_matrix(boxes[:,1],boxes[:,3],x.shape[3],size)
     cols = torch.where(flip[:,None,None], cols.flip(1), cols)
-    y = _mix(x.to(dtype), rows.to(dtype), cols.to(dtype))
-    return y.round().clamp(0,255).byte() if x.dtype==torch.uint8 else y.clamp(0,1)          # bicubic overshoots, and Pillow clips before the colours are changed
+    return _mix(_unit(x, dtype).to(dtype), rows.to(dtype), cols.to(dtype)).clamp(0,1)                   # bicubic overshoots, and Pillow clips before the colours are changed
 
 def crop_resize(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     boxes:Tensor, # Top, left, height, width in pixels, (n*bs,4): n boxes an image, crop-major
     size:int, # Side of the crops, in pixels
     flip:Tensor|None=None # Mirror left and right? (n*bs,) booleans; default: none
-)->Tensor: # (n*bs,C,size,size) of the type of `x`
+)->Tensor: # (n*bs,C,size,size), uint8 or floats in [0,1]
     "Cut boxes out of images, resize and flip them: as is fastest on the device of `x`"
     if flip is None: flip = torch.zeros(len(boxes), dtype=torch.bool)
     each,dtype = _way(x)
@@ -170,7 +172,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # what is brighter than one half, inverted
 
-# %% ../nbs/01_augmentations.ipynb #e705033d
+# %% ../nbs/01_augmentations.ipynb #df016d60
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -229,9 +231,9 @@ class View:
         x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
         d:dict # What `draw` gave for m images: m/bs views of each image, crop-major
     )->Tensor: # Views (m,C,size,size), normalised
-        "Do what was drawn; on a CPU, for as many images at once as its cache holds"
+        "Do what was drawn"
         crops = crop_resize(x, d['boxes'], self.size, d['flip'])
-        n = max(1, 2**15//crops[0].numel()) if _way(x)[0] else len(crops)
+        n = 1 if _way(crops)[0] else len(crops)
         out = torch.empty(crops.shape, device=x.device)
         for y,o,*v in zip(*(o.split(n) for o in (crops,out,*d.values()))): self._change(y, dict(zip(d,v)), o)
         return out
@@ -244,7 +246,7 @@ class View:
             elif len(ids):
                 at = ids.to(dev, non_blocking=True)
                 y[at] = f(y[at], *(o[ids] for o in args))
-        y = _unit(y, _way(y)[1])
+        y = _unit(y)
         for k in (1,2,3) if d['turns'].any() else (): change(d['turns']==k, lambda o: o.rot90(k, (2,3)))
         if d['degrees'].any(): y = kornia.geometry.transform.rotate(y, d['degrees'].to(y), padding_mode='reflection')
         y = color_jitter(y, d['factors'], d['order'], d['jitter'][:,None] & d['ops'])
@@ -259,10 +261,7 @@ class View:
         return make_views(x, [self])[0]
     def __repr__(self): return f'View({self.size}, {self.min_scale}, {self.max_scale})'
 
-# %% ../nbs/01_augmentations.ipynb #316918bc
-def _plain(x): return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
-def _unit(x, dtype=torch.float32): return _plain(x).to(dtype).div_(255) if x.dtype==torch.uint8 else _plain(x)
-
+# %% ../nbs/01_augmentations.ipynb #961907e1
 def make_views(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     pipelines:list # `View`s, or functions from such a batch to a batch of views
