@@ -59,6 +59,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'self_supervised/augmentations.py'),
                                                'self_supervised.augmentations._mix': ( 'augmentations.html#_mix',
                                                                                        'self_supervised/augmentations.py'),
+                                               'self_supervised.augmentations._one_thread': ( 'augmentations.html#_one_thread',
+                                                                                              'self_supervised/augmentations.py'),
                                                'self_supervised.augmentations._per_view': ( 'augmentations.html#_per_view',
                                                                                             'self_supervised/augmentations.py'),
                                                'self_supervised.augmentations._plain': ( 'augmentations.html#_plain',

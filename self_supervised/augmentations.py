@@ -8,8 +8,9 @@ __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'adjus
            'make_views', 'stats_of', 'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines',
            'RandomResizedCropFlip', 'ColorJitterPerImage', 'show_views']
 
-# %% ../nbs/01_augmentations.ipynb #828aed53
+# %% ../nbs/01_augmentations.ipynb #d3a82b59
 from fastai.vision.all import *
+from contextlib import contextmanager
 from itertools import groupby
 import kornia, kornia.augmentation as K
 
@@ -261,7 +262,15 @@ class View:
         return make_views(x, [self])[0]
     def __repr__(self): return f'View({self.size}, {self.min_scale}, {self.max_scale})'
 
-# %% ../nbs/01_augmentations.ipynb #961907e1
+# %% ../nbs/01_augmentations.ipynb #dbc42c2c
+@contextmanager
+def _one_thread(on):
+    n = torch.get_num_threads()
+    if on: torch.set_num_threads(1)
+    try: yield
+    finally:
+        if on: torch.set_num_threads(n)
+
 def make_views(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     pipelines:list # `View`s, or functions from such a batch to a batch of views
@@ -275,7 +284,7 @@ def make_views(
     draws = [p.draw(n, h, w) if isinstance(p, View) else p(_unit(x)) for p in pipelines] # in the list's order, so that one by one gives the same
     outs,group = list(draws),lambda i: str(pipelines[i]._group)
     ids = sorted((i for i,p in enumerate(pipelines) if isinstance(p, View)), key=lambda i: (group(i),i))
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _one_thread(x.device.type=='cpu'):
         for _,g in groupby(ids, group):
             g = list(g)
             d = {k: torch.cat([draws[i][k] for i in g]) for k in draws[g[0]]}
