@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import groupby
 import kornia, kornia.augmentation as K
 
-# %% ../nbs/01_augmentations.ipynb #da7c5388
+# %% ../nbs/01_augmentations.ipynb #042aaaf8
 def _way(x):
     "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
     return x.device.type=='cpu' and x[0,0].numel()>64**2, torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32
@@ -41,7 +41,7 @@ def resize_matrix(
     return w/w.sum(-1, keepdim=True)
 
 def _mix(x, rows, cols):
-    "`rows @ x @ cols.T` with a matrix each for the rows and columns of images (bs,C,h,w): n pairs of matrices an image, (n*bs,size,h) and (n*bs,size,w), crop-major"
+    "`rows @ x @ cols.T` of images (bs,C,h,w), with n matrices an image, crop-major: (n*bs,size,h) and (n*bs,size,w)"
     (bs,c,h,w),(m,size,_) = x.shape,rows.shape
     n = m//bs
     cols = cols.unflatten(0,(n,bs)).permute(1,3,0,2).reshape(bs,w,n*size)                   # one product mixes the columns for all n views
@@ -59,7 +59,8 @@ def crop_matmul(
     boxes,flip = (o.to(x.device, non_blocking=True) for o in (boxes,flip))
     rows,cols  = resize_matrix(boxes[:,0],boxes[:,2],x.shape[2],size),resize_matrix(boxes[:,1],boxes[:,3],x.shape[3],size)
     cols = torch.where(flip[:,None,None], cols.flip(1), cols)
-    return _mix(_unit(x, dtype).to(dtype), rows.to(dtype), cols.to(dtype)).clamp(0,1)                   # bicubic overshoots, and Pillow clips before the colours are changed
+    y = _mix(_unit(x, dtype).to(dtype), rows.to(dtype), cols.to(dtype))
+    return y.clamp(0,1)                                          # bicubic overshoots, and Pillow clips before the colours are changed
 
 def crop_resize(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
@@ -101,7 +102,7 @@ def random_boxes(
         top,left,bh,bw = (torch.where(none, float(f), o) for f,o in (((h-fh)//2,top),((w-fw)//2,left),(fh,bh),(fw,bw)))
     return torch.stack([top,left,bh,bw],1)
 
-# %% ../nbs/01_augmentations.ipynb #e6c5803a
+# %% ../nbs/01_augmentations.ipynb #3adbeaa4
 def _gray(x): return (x[:,:1]*.299).add_(x[:,1:2], alpha=.587).add_(x[:,2:3], alpha=.114) if x.shape[1]==3 else x.mean(1, keepdim=True)
 def _blend(x, o, f): return x.mul_(f).add_(o*(1-f)).clamp_(0,1)
 
@@ -131,7 +132,8 @@ def color_jitter(
     on:Tensor # Which of the four operations for which image, (n,4) booleans, on the CPU
 )->Tensor: # As `x`, which is no longer to be used
     "Change brightness, contrast, saturation and hue of each image in its own order"
-    turns,factors = torch.where(on.gather(1,order), order, 4),factors.to(x.device, non_blocking=True)[...,None,None,None]    # whose turn it is; 4: nothing is done
+    turns   = torch.where(on.gather(1,order), order, 4)          # whose turn it is; 4: nothing is done
+    factors = factors.to(x.device, non_blocking=True)[...,None,None,None]
     if len(x)==1:
         for op in turns[0].tolist():
             if op<4: _jitters[op](x, factors[:,op])
@@ -173,7 +175,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # what is brighter than one half, inverted
 
-# %% ../nbs/01_augmentations.ipynb #df016d60
+# %% ../nbs/01_augmentations.ipynb #3277fbc7
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -241,7 +243,7 @@ class View:
 
     def _change(self, y, d, out):
         dev = y.device
-        def change(on, f, *args):
+        def change(on, f, *args):                                # the rows drawn alone
             ids = on.nonzero().flatten()
             if len(ids)==len(y): y.copy_(f(y, *args))
             elif len(ids):
