@@ -115,3 +115,17 @@ def test_random_arguments_never_give_a_traceback(tmp_path, capfd):
         assert run_command(dino_train, args)==2, args
         out,err = capfd.readouterr()
         assert len(err.strip().splitlines())==1 and err.startswith('dino_train: '), (args, err)
+
+def test_views_of_a_device_compile(monkeypatch):
+    import self_supervised.augmentations as A
+    monkeypatch.setattr(A, '_way', lambda x: (False,torch.float32))
+    view,x = A.View(48, .2, 1., solarize_p=.3),torch.randint(0, 256, (16,3,64,56), dtype=torch.uint8)
+    apply = torch.compile(view.apply, dynamic=True)
+    with torch.no_grad():
+        for _ in range(3):
+            d = view.draw(32, 64, 56)
+            torch.testing.assert_close(apply(x,d), view.apply(x,d), rtol=0, atol=1e-4)
+        d = view.draw(16, 64, 56)
+        for f,args in ((A.crop_matmul,(x,d['boxes'],48,d['flip'])), (A.blur_matmul,(torch.rand(16,3,48,48),d['sigma'],6)), (A.adjust_hue_,(torch.rand(16,3,48,48),torch.rand(16,1,1,1)-.5))):
+            got,want = (g(*[a.clone() if torch.is_tensor(a) else a for a in args]) for g in (torch.compile(f, fullgraph=True),f))
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
