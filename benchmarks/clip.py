@@ -11,7 +11,7 @@ def rows(
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder
     out_dim:int=65536, # Prototypes
     max_norm:float=3., # Largest norm
-    rounds:int=5, # Rounds
+    rounds:int=15, # Rounds
     device:str='cpu' # Where
 ):
     torch.manual_seed(0)

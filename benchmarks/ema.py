@@ -13,7 +13,7 @@ def rows(
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder
     out_dim:int=65536, # Prototypes
     mom:float=.996, # Momentum
-    rounds:int=5, # Rounds
+    rounds:int=15, # Rounds
     device:str='cpu' # Where
 ):
     m = create_dino_model(arch, out_dim).to(device)

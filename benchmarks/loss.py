@@ -34,7 +34,7 @@ def rows(
     bs:int=16, # Images
     out_dim:int=65536, # Prototypes
     n_crops:int=10, # Views, two of them global
-    rounds:int=5, # Rounds
+    rounds:int=15, # Rounds
     device:str='cpu' # Where
 ):
     s,t,c = inputs(bs, out_dim, n_crops, device)

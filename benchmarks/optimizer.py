@@ -13,7 +13,7 @@ from .race import main, race, rows_of, same
 def rows(
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder
     out_dim:int=65536, # Prototypes
-    rounds:int=5, # Rounds
+    rounds:int=15, # Rounds
     device:str='cpu' # Where
 ):
     torch.manual_seed(0)

@@ -1,10 +1,12 @@
 "lightly's DINO (https://github.com/lightly-ai/lightly), as its own example puts it together; an optional contestant: `pip install -e '.[bench]'`"
 import sys
 from copy import deepcopy
+from functools import cache
 import torch
 from torch import nn
 from .plain import adamw
 
+@cache
 def lightly():
     "The package, or None after a sentence that says why"
     try:

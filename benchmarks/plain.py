@@ -1,7 +1,7 @@
 """DINO written out plainly, as in the paper's own code: explicit attention, a loop over the pairs of views, over the parameters for clipping and for the teacher
 
 Written for comparison: names of parameters are those of timm and of the library, so that both start from the same weights. One thing is timm's: positions for other sizes
-are resampled antialiased. Nothing here is tuned.
+are resampled antialiased, in float32. Nothing here is tuned.
 """
 import random
 import torch, torch.nn.functional as F
@@ -27,8 +27,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, dim, heads, hidden, drop):
         super().__init__()
-        self.norm1,self.norm2,self.drop = nn.LayerNorm(dim, eps=1e-6),nn.LayerNorm(dim, eps=1e-6),drop
-        self.attn,self.mlp = Attention(dim, heads),MLP(dim, hidden)
+        self.norm1,self.attn,self.drop = nn.LayerNorm(dim, eps=1e-6),Attention(dim, heads),drop
+        self.norm2,self.mlp = nn.LayerNorm(dim, eps=1e-6),MLP(dim, hidden)
     def drop_path(self, x):
         if not (self.drop and self.training): return x
         return x/(1-self.drop)*(torch.rand(len(x),1,1, device=x.device, dtype=x.dtype)+1-self.drop).floor()
@@ -49,8 +49,8 @@ class ViT(nn.Module):
         cls,grid = self.pos_embed[:,:1],self.pos_embed[:,1:]
         side = int(grid.shape[1]**.5)
         if (h,w)==(side,side): return self.pos_embed
-        grid = F.interpolate(grid.unflatten(1,(side,side)).permute(0,3,1,2), size=(h,w), mode='bicubic', antialias=True)
-        return torch.cat([cls, grid.flatten(2).transpose(1,2)], 1)
+        grid = F.interpolate(grid.float().unflatten(1,(side,side)).permute(0,3,1,2), size=(h,w), mode='bicubic', antialias=True)
+        return torch.cat([cls, grid.flatten(2).transpose(1,2).to(cls.dtype)], 1)
     def forward(self, x):
         x = self.patch_embed['proj'](x)
         pos = self.positions(*x.shape[-2:])
