@@ -5,12 +5,13 @@ import benchmarks
 
 def names():
     "Modules that have rows to give"
-    return [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name!='__main__' and hasattr(importlib.import_module(f'benchmarks.{m.name}'), 'rows')]
+    found = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name!='__main__']
+    return [n for n in found if hasattr(importlib.import_module(f'benchmarks.{n}'), 'rows')]
 
 def main():
     known = names()
-    p = argparse.ArgumentParser(prog='python -m benchmarks', description=f"Benchmarks: {', '.join(known)}. Each takes its own sizes: python -m benchmarks.NAME --help")
-    p.add_argument('names', nargs='*', help='Which; default: all')
+    p = argparse.ArgumentParser(prog='python -m benchmarks', description="Each has sizes of its own: python -m benchmarks.NAME --help")
+    p.add_argument('names', nargs='*', help=f"Which of {', '.join(known)}; default: all")
     p.add_argument('--device', default='cpu', help='Where')
     p.add_argument('--rounds', help="Rounds; default: each benchmark's own")
     p.add_argument('--out', default=str(Path(__file__).parent), help='Folder of results.md and results.json')

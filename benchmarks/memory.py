@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory --bs 64 --device cuda
 
-MB above what the process held with its libraries loaded: on a CPU of the process, with the system's own allocator settings, on a GPU of its tensors. Inputs and weights are
-in it. 'ours, less memory' computes the encoder's activations again (`grad_checkpointing=True`).
+MB above what the process held with its libraries loaded; on a CPU of the process, with the system's own allocator settings, on a
+GPU of its tensors. Inputs and weights are in it. 'ours, less memory' computes the encoder's activations again (`grad_checkpointing=True`).
 """
 import json, os, resource, subprocess, sys
 from pathlib import Path
@@ -59,8 +59,8 @@ def rows(
     peers = ['plain']+['lightly']*bool(lightly())
     for what,whos in (('loss', ['ours',*peers]),('step', ['ours','ours, less memory',*peers])):
         def mb(who):
-            out = subprocess.run([sys.executable, '-m', 'benchmarks.memory', '--one', json.dumps([what, who, kw])], env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
-            return float(out.splitlines()[-1])
+            run = subprocess.run([sys.executable, '-m', 'benchmarks.memory', '--one', json.dumps([what, who, kw])], env=env, stdout=subprocess.PIPE, text=True, check=True)
+            return float(run.stdout.splitlines()[-1])
         mbs = {who: [mb(who) for _ in range(rounds)] for who in whos}
         at  = f"{what}, {bs} images, 2x{size}+{n_small}x{small}, K={out_dim}, " + (f"{arch}, {precision}" if what=='step' else 'fp32')
         rs += [{k:v for k,v in r.items() if k!='seconds'} | dict(MB=r['seconds']['median']) for r in rows_of(at, mbs)]

@@ -31,6 +31,7 @@ def rows(
     opts = {k: f(nets[k]) for k,f in make.items()}
     for o in opts.values(): o.step()
     diff = {k: same("parameters", list(nets['ours'].parameters()), list(nets[k].parameters()), 1e-5) for k in ('ours','plain')}
-    return rows_of(f"{sum(p.numel() for p in m.parameters() if p.requires_grad)/1e6:.3g}M parameters", race({k:o.step for k,o in opts.items()}, rounds, device), differs=diff)
+    n    = sum(p.numel() for p in m.parameters() if p.requires_grad)
+    return rows_of(f"{n/1e6:.3g}M parameters", race({k:o.step for k,o in opts.items()}, rounds, device), differs=diff)
 
 if __name__=='__main__': main(rows, __doc__)

@@ -1,7 +1,7 @@
-"""DINO written out plainly, as in the paper's own code: explicit attention, a loop over the pairs of views, over the parameters for clipping and for the teacher
+"""DINO written out plainly, as the paper's own code does it: explicit attention; loops over the pairs of views and over the parameters
 
-Written for comparison: names of parameters are those of timm and of the library, so that both start from the same weights. One thing is timm's: positions for other sizes
-are resampled antialiased, in float32. Nothing here is tuned.
+Names of parameters are those of timm and of the library, so that both start from the same weights, and positions for other sizes are
+resampled as timm does, antialiased and in float32. Nothing here is tuned.
 """
 import random
 import torch, torch.nn.functional as F
@@ -71,7 +71,8 @@ class Net(nn.Module):
     def __init__(self, like, drop_path=0.):
         super().__init__()
         self.encoder,self.head = ViT(like[0].encoder, drop_path),Head(like[1])
-        for mine,theirs in ((self.encoder,like[0].encoder),(self.head,like[1])): mine.load_state_dict({k:v for k,v in theirs.state_dict().items() if k not in ('mean','std')})
+        for mine,theirs in ((self.encoder,like[0].encoder),(self.head,like[1])):
+            mine.load_state_dict({k:v for k,v in theirs.state_dict().items() if k not in ('mean','std')})
     def forward(self, views):
         feats,start = [],0
         for i in range(1, len(views)+1):
@@ -108,8 +109,8 @@ def ema(student, teacher, mom):
 def adamw(model, lr, wd):
     "torch's AdamW as it comes, without decay for biases and norms"
     ps = [(n,p) for n,p in model.named_parameters() if p.requires_grad]
-    bare = [n.endswith('.bias') or p.ndim==1 for n,p in ps]
-    return torch.optim.AdamW([dict(params=[p for (_,p),b in zip(ps, bare) if not b], weight_decay=wd), dict(params=[p for (_,p),b in zip(ps, bare) if b], weight_decay=0.)], lr=lr)
+    group = lambda bare,wd: dict(params=[p for n,p in ps if (n.endswith('.bias') or p.ndim==1)==bare], weight_decay=wd)
+    return torch.optim.AdamW([group(False, wd), group(True, 0.)], lr=lr)
 
 class Step:
     "One iteration of the paper's loop, from views to the moved teacher"
@@ -141,7 +142,8 @@ class PILViews:
         solar = T.RandomApply([T.Lambda(ImageOps.solarize)], .2)
         colour = [T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(.4,.4,.2,.1)], .8), T.RandomGrayscale(.2)]
         done  = [T.ToTensor(), T.Normalize((.485,.456,.406), (.229,.224,.225))]
-        self.makers = [T.Compose([crop(0), *colour, blur(1.), *done]), T.Compose([crop(0), *colour, blur(.1), solar, *done])] + [T.Compose([crop(1), *colour, blur(.5), *done])]*n_small
+        self.makers  = [T.Compose([crop(i), *colour, *last, *done]) for i,last in ((0,[blur(1.)]),(0,[blur(.1),solar]))]
+        self.makers += [T.Compose([crop(1), *colour, blur(.5), *done])]*n_small
     def __call__(self, im): return [make(im) for make in self.makers]
 
 def knn(train, train_y, test, k, T, n_classes):

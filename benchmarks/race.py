@@ -23,7 +23,7 @@ def race(
     rounds:int=5, # Rounds, after one to warm up
     device:str='cpu', # Waited for at both ends
     setup=None, # Called before each call, outside the timing
-    least:float=.1 # Seconds that a contestant runs in a round: quick ones are called often
+    least:float=.05 # Seconds that a contestant runs in a round: quick ones are called often
 )->dict: # Name to seconds a call, one number a round
     "Time all contestants in every round, in alternating order, so that what else the machine does hits all"
     def once(f):
@@ -68,20 +68,21 @@ def machine(device='cpu'):
     "What the numbers were measured on"
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
     gpu = f"{torch.cuda.get_device_name(device)}, " if str(device).startswith('cuda') else ''
-    kept = 'kept by the process (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 4 GiB)' if STEADY.keys()<=os.environ.keys() else "the system's default"
-    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}; memory of all contestants {kept}"
+    kept = f"{' and '.join(STEADY)} of 4 GiB" if STEADY.keys()<=os.environ.keys() else "the system's allocator settings"
+    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}; {kept} for all contestants"
 
 def _ms(s): return ' '.join((f"{1e3*s['median']:.4g}", f"({1e3*s['min']:.4g} to {1e3*s['max']:.4g})"))
 def _x(s):  return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
 def _cell(v): return '' if v is None else f'{v:.3g}' if isinstance(v, float) else str(v)
+def _cells(r, timed, extra):
+    return [r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra]
 
 def markdown(rows)->str:
     "Rows as a table; a column for whatever any of them has"
     extra = list(dict.fromkeys(k for r in rows for k in r if k not in ('what','who','seconds','ratio')))
     timed = any('seconds' in r for r in rows)
     head  = ['what','who'] + ['ms (smallest to largest)']*timed + ['its / ours'] + extra
-    body  = [[r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra] for r in rows]
-    return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *body])
+    return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *(_cells(r, timed, extra) for r in rows)])
 
 def save(name, doc, rows, device, out):
     "Put the rows of a benchmark into results.json, in place of its last ones, and write results.md from all"
@@ -89,10 +90,12 @@ def save(name, doc, rows, device, out):
     out.mkdir(parents=True, exist_ok=True)
     file = out/'results.json'
     res  = json.loads(file.read_text()) if file.exists() else {}
-    res[f'{name} on {device}'] = dict(title=doc.strip().splitlines()[0], machine=machine(device), command=' '.join(['python -m', f'benchmarks.{name}', *sys.argv[1:]]), rows=rows)
+    args = re.sub(r' --out(=| )\S+', '', ' '.join(['', *sys.argv[1:]]))
+    res[f'{name} on {device}'] = dict(title=doc.strip().splitlines()[0], machine=machine(device), command=f'python -m benchmarks.{name}{args}', rows=rows)
     file.write_text(json.dumps(res, indent=1))
-    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better. Every section says its command.\n"
-    (out/'results.md').write_text('\n'.join([intro, *(f"## {k}: {v['title']}\n\n`{v['command']}`; {v['machine']}.\n\n{markdown(v['rows'])}\n" for k,v in res.items())]))
+    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better.\n"
+    parts = [f"## {k}: {v['title']}\n\n`{v['command']}`; {v['machine']}.\n\n{markdown(v['rows'])}\n" for k,v in res.items()]
+    (out/'results.md').write_text('\n'.join([intro, *parts]))
 
 def main(
     rows, # The function of a benchmark

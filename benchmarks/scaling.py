@@ -2,7 +2,8 @@
 
     python -m benchmarks.scaling --batches 64,128,256 --bs 128 --device cuda --arch vit_small_patch16_224
 
-One of the four varies while the others stay; 'ms/image' is the median. The step is that of `step`; for the data set it is an epoch from files, including finding them.
+One of the four varies while the others stay; 'ms/image' is the median. The step is that of `step`; for the data set it is an epoch
+from files, with finding them and building the network.
 """
 import tempfile
 from copy import deepcopy
@@ -38,12 +39,14 @@ def rows(
             torch.manual_seed(0)
             model,views = create_dino_model(arch, now['K'], 0., hidden_dim=hidden_dim).to(device),make_views(now['batch'], now['crops'], (size,small), device)
             secs = race(dict(ours=Ours(deepcopy(model), views, precision), plain=Plain(plain.Step, model, views, precision)), rounds, device, least=0)
-            rs  += rows_of(f"{axis} {v}: {arch}, batch {now['batch']}, 2x{size}+{now['crops']}x{small}, K={now['K']}, {precision}", secs, **{'ms/image': lambda s: 1e3*s/now['batch']})
+            at   = f"{axis} {v}: {arch}, batch {now['batch']}, 2x{size}+{now['crops']}x{small}, K={now['K']}, {precision}"
+            rs  += rows_of(at, secs, **{'ms/image': lambda s: 1e3*s/now['batch']})
     for n in ints(images):
         with tempfile.TemporaryDirectory() as folder:
             write_images(folder, n, 375)
             epoch = lambda who: lambda: contestants(folder, file_arch, bs, 2, ints(file_sizes), 256, 0, precision, device)[0][who]()
-            rs += rows_of(f"{n} files: {file_arch}, batch {bs}, {precision}", race(dict(ours=epoch('ours'), plain=epoch('plain')), rounds, device, least=0), **{'ms/image': lambda s: 1e3*s/n})
+            secs  = race(dict(ours=epoch('ours'), plain=epoch('plain')), rounds, device, least=0)
+            rs   += rows_of(f"{n} files: {file_arch}, batch {bs}, {precision}", secs, **{'ms/image': lambda s: 1e3*s/n})
     return rs
 
 if __name__=='__main__': main(rows, __doc__)

@@ -3,9 +3,10 @@
     python -m benchmarks.step
     python -m benchmarks.step --device cuda --arch vit_small_patch16_224 --bs 256 --precision bf16 --steps 10 --profile
 
-Ours runs through `learn.fit`. 'bare timm' is the mark: its encoder on the same tokens, those of all views forward and backward and those of the teacher's views forward, without
-head, loss and optimizer. 'share' is the part of the machine's rate in a large matrix product of the same type, measured in the same rounds, that a contestant reaches:
-operations of the plain step, counted, over its time. Contestants start from the same weights, and must give the same losses over two steps before they are timed.
+Ours runs through `learn.fit_dino`. 'bare timm' is the mark: its encoder on the same tokens, those of all views forward and backward and
+those of the teacher's views forward, without head, loss and optimizer. 'share' is the part of the machine's rate in a large matrix
+product of the same type, measured in the same rounds, that a contestant reaches: operations of the plain step, counted, over its time.
+Contestants start from the same weights, and must give the same losses in two rounds before they are timed.
 """
 import statistics, time
 from copy import deepcopy
@@ -102,10 +103,11 @@ def rows(
         a,b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if t=='bf16' else torch.float32) for _ in 'ab')
         new = dict(ours=Ours(deepcopy(model), views, t, steps=steps), plain=Plain(plain.Step, model, views, t, steps))
         if lightly(): new['lightly'] = Plain(LightlyStep, model, views, t, steps)
-        for i in range(2):                                       # two rounds: the second sees what the first did to the weights, the teacher and the centre
+        for _ in range(2):                                       # the second sees what the first did to weights, teacher and centre
             for f in new.values(): f()
             for k,f in new.items():                              # lightly moves its teacher before the step and clips all gradients together
-                differs[t,k] = max(differs.get((t,k), 0.), same(f"losses of {k} and ours in {t}", new['ours'].loss, f.loss, 2e-2 if t=='bf16' or k=='lightly' else 1e-4))
+                tol = 2e-2 if t=='bf16' or k=='lightly' else 1e-4
+                differs[t,k] = max(differs.get((t,k), 0.), same(f"losses of {k} and ours in {t}", new['ours'].loss, f.loss, tol))
         cs |= {(t,k):f for k,f in new.items()} | {(t,'bare timm'): BareTimm(model, views, t, steps), (t,'product'): lambda a=a,b=b: a@b}
     flops = count_flops(lambda: plain.Step(model)(views))
     if profile: print_profile(cs[types[-1],'ours'], device)

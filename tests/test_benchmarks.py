@@ -9,8 +9,10 @@ from benchmarks.__main__ import names
 vit   = dict(arch='vit_mini_patch4_16')
 views = dict(size=16, small=8, n_small=2)
 tiny  = dict(
-    loss=dict(bs=2, out_dim=16, n_crops=4), ema=dict(vit, out_dim=16), clip=dict(vit, out_dim=16), optimizer=dict(vit, out_dim=16), knn=dict(n_train=200, n_test=50, dim=8, n_classes=4, k=5),
-    step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2), epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0),
+    loss=dict(bs=2, out_dim=16, n_crops=4), ema=dict(vit, out_dim=16), clip=dict(vit, out_dim=16), optimizer=dict(vit, out_dim=16),
+    knn=dict(n_train=200, n_test=50, dim=8, n_classes=4, k=5),
+    step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2),
+    epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0),
     scaling=dict(vit, size=16, small=8, batches='2', crops='0,1', out_dims='16', images='4', bs=2, n_small=1, out_dim=16, hidden_dim=8, file_sizes='16,8'))
 
 def numbers(rows):
@@ -28,7 +30,7 @@ def test_runs(name):
     for k,v in numbers(rows): assert np.isfinite(v) and (v>0 or k=='differs'), (k,v)
     for r in race.markdown(rows).splitlines(): test_eq(r.count('|'), race.markdown(rows).splitlines()[0].count('|'))
 
-def net(): 
+def net():
     torch.manual_seed(0)
     return create_dino_model('vit_mini_patch4_16', 32, 0., hidden_dim=16)
 
@@ -88,7 +90,9 @@ def test_rounds_alternate_and_ratios_are_of_one_round():
     test_eq(rows[1]['ratio'], dict(median=2., min=1., max=3.))
 
 def test_command_line(tmp_path):
-    for bs in (1,2): subprocess.run([sys.executable, '-m', 'benchmarks.loss', '--bs', f'{bs}', '--out-dim', '16', '--rounds', '1', '--out', str(tmp_path)], check=True, capture_output=True)
+    cmd = [sys.executable, '-m', 'benchmarks.loss', '--out', str(tmp_path), '--out-dim', '16', '--rounds', '1', '--bs']
+    for bs in '12': subprocess.run([*cmd, bs], check=True, capture_output=True)
     res = json.loads((tmp_path/'results.json').read_text())
     test_eq(list(res), ['loss on cpu'])                          # the second run took the place of the first
-    assert res['loss on cpu']['rows'][0]['what'].startswith('2 images') and '--bs 2' in (tmp_path/'results.md').read_text()
+    test_eq(res['loss on cpu']['command'], 'python -m benchmarks.loss --out-dim 16 --rounds 1 --bs 2')
+    assert res['loss on cpu']['rows'][0]['what'].startswith('2 images') and race.markdown(res['loss on cpu']['rows']) in (tmp_path/'results.md').read_text()
