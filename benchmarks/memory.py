@@ -72,4 +72,4 @@ if __name__=='__main__':
         lightly()                                                # loaded for all, before anything is measured
         torch.zeros(1, device=kw['device'])
         print(peak(lambda: dict(loss=run_loss, step=run_step)[what](who, **kw), kw['device']))
-    else: main(rows, __doc__)
+    else: main(rows, __doc__, steady=False)

@@ -2,7 +2,7 @@
 
 Every module with a function `rows` is a benchmark: its arguments are the command line's, and it returns what `rows_of` makes.
 """
-import json, os, platform, re, statistics, sys, time
+import inspect, json, os, platform, re, statistics, sys, time
 from pathlib import Path
 import torch, timm
 from fastcore.script import anno_parser
@@ -73,7 +73,7 @@ def machine(device='cpu'):
 
 def _ms(s): return ' '.join((f"{1e3*s['median']:.4g}", f"({1e3*s['min']:.4g} to {1e3*s['max']:.4g})"))
 def _x(s):  return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
-def _cell(v): return '' if v is None else f'{v:.3g}' if isinstance(v, float) else str(v)
+def _cell(v): return '' if v is None else str(v) if not isinstance(v, float) else f'{v:.0f}' if v>=1000 else f'{v:.3g}'
 def _cells(r, timed, extra):
     return [r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra]
 
@@ -99,16 +99,15 @@ def save(name, doc, rows, device, out):
 
 def main(
     rows, # The function of a benchmark
-    doc:str # Its docstring, whose first line is the title of the table
+    doc:str, # Its docstring, whose first line is the title of the table
+    steady:bool=True # Keep freed memory?
 ):
     "The command line of a benchmark"
     name = Path(sys.modules['__main__'].__file__).stem
     p = anno_parser(rows, prog=f'python -m benchmarks.{name}')
     p.add_argument('--out', default=str(Path(__file__).parent), help='Folder of results.md and results.json')
     args = vars(p.parse_args())
-    args = {k:v for k,v in args.items() if k not in ('pdb','xtra')}
-    steady_memory()
-    out = args.pop('out')
-    rs  = rows(**args)
-    print(f"{doc.strip().splitlines()[0]}\n{machine(args.get('device','cpu'))}\n\n{markdown(rs)}", flush=True)
-    save(name, doc, rs, args.get('device','cpu'), out)
+    if steady: steady_memory()
+    rs  = rows(**{k: args[k] for k in inspect.signature(rows).parameters})
+    print(f"{doc.strip().splitlines()[0]}\n{machine(args['device'])}\n\n{markdown(rs)}", flush=True)
+    save(name, doc, rs, args['device'], args['out'])
