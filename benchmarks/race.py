@@ -71,9 +71,10 @@ def machine(device='cpu'):
     kept = f"{' and '.join(STEADY)} of 4 GiB" if STEADY.keys()<=os.environ.keys() else "the system's allocator settings"
     return f"{gpu}{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}; {kept} for all contestants"
 
-def _ms(s): return ' '.join((f"{1e3*s['median']:.4g}", f"({1e3*s['min']:.4g} to {1e3*s['max']:.4g})"))
+def _n(v): return f'{v:.0f}' if v>=1000 else f'{v:.3g}'
+def _ms(s): return f"{_n(1e3*s['median'])} ({_n(1e3*s['min'])} to {_n(1e3*s['max'])})"
 def _x(s):  return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
-def _cell(v): return '' if v is None else str(v) if not isinstance(v, float) else f'{v:.0f}' if v>=1000 else f'{v:.3g}'
+def _cell(v): return '' if v is None else _n(v) if isinstance(v, float) else str(v)
 def _cells(r, timed, extra):
     return [r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra]
 
