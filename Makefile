@@ -1,12 +1,13 @@
 # make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
 # make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
-# Both set up .venv first, from settings.ini.
+# make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --device cuda" for some of it, or a GPU
+# All set up .venv first, from settings.ini.
 
 FITS   = import sys; sys.exit(sys.version_info < (3,11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 BIN     = .venv/bin
 ONE     = OMP_NUM_THREADS=1
-.PHONY: demo test test-all docs clean
+.PHONY: demo test test-all bench docs clean
 
 .venv/core: settings.ini setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or say where it is with make PYTHON=/path/to/python"; exit 1; }
@@ -19,6 +20,10 @@ ONE     = OMP_NUM_THREADS=1
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@
 
+.venv/bench: .venv/core
+	$(BIN)/pip install --quiet --editable '.[bench]' || echo "lightly could not be installed: the tables will be without it"
+	@touch $@
+
 demo: .venv/core
 	$(BIN)/dino_train --overwrite $(ARGS)
 
@@ -29,6 +34,9 @@ test: .venv/dev
 test-all: test
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
 	$(BIN)/python -m pytest -q -m slow tests
+
+bench: .venv/bench
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # exports the library, writes the notebooks' outputs anew, and README.md
 docs: .venv/dev

@@ -1,0 +1,114 @@
+"""Contestants side by side: interleaved rounds, medians with spread, one table and one JSON file
+
+Every module with a function `rows` is a benchmark: its arguments are the command line's, and it returns what `rows_of` makes.
+"""
+import inspect, json, os, platform, re, statistics, sys, time
+from pathlib import Path
+import torch, timm
+from fastcore.script import anno_parser
+
+# Without these, memory goes back to the system with each tensor and every use of it is a page fault: timings double, and not equally
+STEADY = dict(MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TRIM_THRESHOLD_='4294967296')
+
+def steady_memory():
+    "Start the program again with an allocator that keeps its memory; glibc reads these settings only at the start"
+    if platform.libc_ver()[0]=='glibc' and not STEADY.keys()<=os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **STEADY})
+
+def sync(device):
+    if str(device).startswith('cuda'): torch.cuda.synchronize(device)
+
+def race(
+    contestants:dict, # Name to function; one that returns a float has timed itself, in seconds
+    rounds:int=5, # Rounds, after one to warm up
+    device:str='cpu', # Waited for at both ends
+    setup=None, # Called before each call, outside the timing
+    least:float=.05 # Seconds that a contestant runs in a round: quick ones are called often
+)->dict: # Name to seconds a call, one number a round
+    "Time all contestants in every round, in alternating order, so that what else the machine does hits all"
+    def once(f):
+        if setup: setup()
+        sync(device)
+        start = time.perf_counter()
+        own = f()
+        sync(device)
+        return own if isinstance(own, float) else time.perf_counter()-start
+    n = {k: max(1, min(200, round(least/max(once(f),1e-6)))) for k,f in contestants.items()}
+    secs = {k:[] for k in contestants}
+    for r in range(rounds):
+        for k,f in list(contestants.items())[::1 if r%2 else -1]: secs[k].append(statistics.fmean(once(f) for _ in range(n[k])))
+    return secs
+
+def spread(xs): return dict(median=statistics.median(xs), min=min(xs), max=max(xs))
+
+def rows_of(
+    what:str, # What was measured
+    secs:dict, # What `race` gave; 'ours' among them, or `base`
+    base:str='ours', # Whose time the ratios are over
+    **more # Columns: name to a function of a contestant's median seconds, or a dict from contestants to values
+)->list: # A dict for each contestant
+    "Medians with spread; the ratio is taken in each round, so that both of its times are neighbours"
+    row = lambda k,xs: dict(what=what, who=k, seconds=spread(xs), ratio=spread([x/o for x,o in zip(xs, secs[base])]))
+    return [row(k,xs) | {c: f.get(k) if isinstance(f, dict) else f(statistics.median(xs)) for c,f in more.items()} for k,xs in secs.items()]
+
+def same(
+    what:str, # What is compared, for the message
+    a, # Ours: a tensor, or a list of numbers or tensors
+    b, # Theirs
+    tol:float # Largest difference allowed, relative to the largest element
+)->float: # Largest difference found, relative to the largest element
+    "Refuse to compare the speed of different results"
+    if isinstance(a, (list,tuple)): return max(same(what, o, p, tol) for o,p in zip(a, b, strict=True))
+    a,b = (torch.as_tensor(o).detach().double().cpu() for o in (a,b))
+    diff = ((a-b).abs().max()/b.abs().max().clamp(min=1e-30)).item()
+    if not diff<=tol: raise ValueError(f"{what} differ by {diff:.1e} of the largest, more than {tol:.0e}: their times cannot be compared")
+    return diff
+
+def machine(device='cpu'):
+    "What the numbers were measured on"
+    cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
+    gpu = f"{torch.cuda.get_device_name(device)}, " if str(device).startswith('cuda') else ''
+    kept = f"{' and '.join(STEADY)} of 4 GiB" if STEADY.keys()<=os.environ.keys() else "the system's allocator settings"
+    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}; {kept} for all contestants"
+
+def _n(v): return f'{v:.0f}' if v>=1000 else f'{v:.3g}'
+def _ms(s): return f"{_n(1e3*s['median'])} ({_n(1e3*s['min'])} to {_n(1e3*s['max'])})"
+def _x(s):  return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
+def _cell(v): return '' if v is None else _n(v) if isinstance(v, float) else str(v)
+def _cells(r, timed, extra):
+    return [r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra]
+
+def markdown(rows)->str:
+    "Rows as a table; a column for whatever any of them has"
+    extra = list(dict.fromkeys(k for r in rows for k in r if k not in ('what','who','seconds','ratio')))
+    timed = any('seconds' in r for r in rows)
+    head  = ['what','who'] + ['ms (smallest to largest)']*timed + ['its / ours'] + extra
+    return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *(_cells(r, timed, extra) for r in rows)])
+
+def save(name, doc, rows, device, out):
+    "Put the rows of a benchmark into results.json, in place of its last ones, and write results.md from all"
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out/'results.json'
+    res  = json.loads(file.read_text()) if file.exists() else {}
+    args = re.sub(r' --out(=| )\S+', '', ' '.join(['', *sys.argv[1:]]))
+    res[f'{name} on {device}'] = dict(title=doc.strip().splitlines()[0], machine=machine(device), command=f'python -m benchmarks.{name}{args}', rows=rows)
+    file.write_text(json.dumps(res, indent=1))
+    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better.\n"
+    parts = [f"## {k}: {v['title']}\n\n`{v['command']}`; {v['machine']}.\n\n{markdown(v['rows'])}\n" for k,v in res.items()]
+    (out/'results.md').write_text('\n'.join([intro, *parts]))
+
+def main(
+    rows, # The function of a benchmark
+    doc:str, # Its docstring, whose first line is the title of the table
+    steady:bool=True # Keep freed memory?
+):
+    "The command line of a benchmark"
+    name = Path(sys.modules['__main__'].__file__).stem
+    p = anno_parser(rows, prog=f'python -m benchmarks.{name}')
+    p.add_argument('--out', default=str(Path(__file__).parent), help='Folder of results.md and results.json')
+    args = vars(p.parse_args())
+    if steady: steady_memory()
+    rs  = rows(**{k: args[k] for k in inspect.signature(rows).parameters})
+    print(f"{doc.strip().splitlines()[0]}\n{machine(args['device'])}\n\n{markdown(rs)}", flush=True)
+    save(name, doc, rs, args['device'], args['out'])

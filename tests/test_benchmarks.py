@@ -1,0 +1,98 @@
+"The benchmarks run, and compare the same arithmetic; how fast anything is is not tested"
+import importlib, json, subprocess, sys
+import numpy as np, pytest, torch
+from fastcore.test import test_close, test_eq
+from self_supervised.vision.dino import create_dino_model
+from benchmarks import memory, peers, plain, race, step
+from benchmarks.__main__ import names
+
+vit   = dict(arch='vit_mini_patch4_16')
+views = dict(size=16, small=8, n_small=2)
+tiny  = dict(
+    loss=dict(bs=2, out_dim=16, n_crops=4), ema=dict(vit, out_dim=16), clip=dict(vit, out_dim=16), optimizer=dict(vit, out_dim=16),
+    knn=dict(n_train=200, n_test=50, dim=8, n_classes=4, k=5),
+    step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2),
+    epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0),
+    scaling=dict(vit, size=16, small=8, batches='2', crops='0,1', out_dims='16', images='4', bs=2, n_small=1, out_dim=16, hidden_dim=8, file_sizes='16,8'))
+
+def numbers(rows):
+    for r in rows:
+        for k,v in r.items():
+            if isinstance(v, dict): yield from ((k,o) for o in v.values())
+            elif isinstance(v, (int,float)): yield k,v
+
+def test_all_are_found(): assert {*tiny,'memory'}<=set(names()), names()
+
+@pytest.mark.parametrize('name', tiny)
+def test_runs(name):
+    rows = importlib.import_module(f'benchmarks.{name}').rows(rounds=2, **tiny[name])
+    assert {'ours','plain'}<={r['who'] for r in rows}
+    for k,v in numbers(rows): assert np.isfinite(v) and (v>0 or k=='differs'), (k,v)
+    for r in race.markdown(rows).splitlines(): test_eq(r.count('|'), race.markdown(rows).splitlines()[0].count('|'))
+
+def net():
+    torch.manual_seed(0)
+    return create_dino_model('vit_mini_patch4_16', 32, 0., hidden_dim=16)
+
+def test_plain_is_the_library(double):
+    m,(a,b) = net(),(step.make_views(4, 3, (16,8)) for _ in 'ab')
+    ours,ref = step.Ours(net(), a, lr=1e-2, wd=.1),plain.Step(m, lr=1e-2, wd=.1)
+    for views in (a,b,a):                                        # not the same twice running, so that an old centre or teacher shows
+        ours.learn.dino.aug_pipelines.made = views
+        ours()
+        test_close(ours.loss, ref(views).item(), 1e-10)
+    mine = ours.learn.model
+    test_close(mine.C, ref.center, 1e-10)
+    for who in ('student','teacher'):
+        for p,q in zip(getattr(mine, who).parameters(), getattr(ref, who).parameters(), strict=True): test_close(p, q, 1e-10)
+    assert (mine.teacher[1].last_layer.weight_v-m.teacher[1].last_layer.weight_v).abs().max()>1e-6           # something has moved
+
+def test_drop_path_of_plain():
+    b = plain.Block(8, 2, 16, .5)
+    out = b.drop_path(torch.ones(4000,1,1)).flatten()
+    test_eq(set(out.tolist()), {0.,2.})
+    test_close(out.mean(), 1., .1)
+    assert (b.eval().drop_path(torch.ones(9,1,1))==1).all()
+
+@pytest.mark.parametrize('who', ['ours','ours, less memory','plain'])
+def test_memory(who):
+    kw = dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, precision='fp32', device='cpu')
+    assert memory.peak(lambda: memory.run_step(who, **kw), 'cpu')>=0
+    if who!='ours, less memory': assert memory.peak(lambda: memory.run_loss(who, **kw), 'cpu')>=0
+
+@pytest.mark.slow
+def test_memory_in_processes():
+    rows = memory.rows(**vit, **views, bs=2, out_dim=16, hidden_dim=8)
+    for k,v in numbers(rows): assert np.isfinite(v) and v>0, (k,v)
+
+def test_profile(capsys):
+    rows = step.rows(profile=True, precision='bf16', rounds=1, **tiny['step'])
+    assert 'aten::addmm' in capsys.readouterr().out and {'ours','plain','bare timm'}<={r['who'] for r in rows}
+
+def test_without_lightly(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'lightly', None)
+    peers.lightly.cache_clear()
+    rows = importlib.import_module('benchmarks.loss').rows(rounds=1, **tiny['loss'])
+    peers.lightly.cache_clear()
+    test_eq([r['who'] for r in rows], ['ours','plain'])
+    assert "pip install -e '.[bench]'" in capsys.readouterr().err
+
+def test_different_results_are_not_compared():
+    test_eq(race.same('ones', [1.,torch.ones(2)], [1.,torch.ones(2)], 1e-6), 0)
+    with pytest.raises(ValueError, match='cannot be compared'): race.same('losses', 1., 1.1, 1e-3)
+    with pytest.raises(ValueError, match='cannot be compared'): race.same('losses', float('nan'), 1., 1e-3)
+
+def test_rounds_alternate_and_ratios_are_of_one_round():
+    calls = []
+    secs = race.race({k: lambda k=k: calls.append(k) or t for k,t in dict(ours=1.,plain=3.).items()}, rounds=2)
+    test_eq(calls, ['ours','plain','plain','ours','ours','plain'])
+    rows = race.rows_of('x', dict(ours=[1.,2.,4.], plain=[2.,6.,4.]))
+    test_eq(rows[1]['ratio'], dict(median=2., min=1., max=3.))
+
+def test_command_line(tmp_path):
+    cmd = [sys.executable, '-m', 'benchmarks.loss', '--out', str(tmp_path), '--out-dim', '16', '--rounds', '1', '--bs']
+    for bs in '12': subprocess.run([*cmd, bs], check=True, capture_output=True)
+    res = json.loads((tmp_path/'results.json').read_text())
+    test_eq(list(res), ['loss on cpu'])                          # the second run took the place of the first
+    test_eq(res['loss on cpu']['command'], 'python -m benchmarks.loss --out-dim 16 --rounds 1 --bs 2')
+    assert res['loss on cpu']['rows'][0]['what'].startswith('2 images') and race.markdown(res['loss on cpu']['rows']) in (tmp_path/'results.md').read_text()
