@@ -8,19 +8,18 @@ __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'adjus
            'make_views', 'stats_of', 'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines',
            'RandomResizedCropFlip', 'ColorJitterPerImage', 'show_views']
 
-# %% ../nbs/01_augmentations.ipynb #d3a82b59
+# %% ../nbs/01_augmentations.ipynb #76fb421c
 from fastai.vision.all import *
 from contextlib import contextmanager
 from itertools import groupby
 import kornia, kornia.augmentation as K
+from .data import *
 
-# %% ../nbs/01_augmentations.ipynb #042aaaf8
+# %% ../nbs/01_augmentations.ipynb #fa2e4d99
 def _way(x):
     "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
     return x.device.type=='cpu' and x[0,0].numel()>64**2, torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32
 
-def _plain(x): return x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
-def _unit(x, dtype=torch.float32): return _plain(x).to(dtype).div_(255) if x.dtype==torch.uint8 else _plain(x)
 
 def _cubic(x, a=-.5):
     x = x.abs()
@@ -59,7 +58,7 @@ def crop_matmul(
     boxes,flip = (o.to(x.device, non_blocking=True) for o in (boxes,flip))
     rows,cols  = resize_matrix(boxes[:,0],boxes[:,2],x.shape[2],size),resize_matrix(boxes[:,1],boxes[:,3],x.shape[3],size)
     cols = torch.where(flip[:,None,None], cols.flip(1), cols)
-    y = _mix(_unit(x, dtype).to(dtype), rows.to(dtype), cols.to(dtype))
+    y = _mix(to_unit(x, dtype).to(dtype), rows.to(dtype), cols.to(dtype))
     return y.clamp(0,1)                                          # bicubic overshoots, and Pillow clips before the colours are changed
 
 def crop_resize(
@@ -175,7 +174,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # what is brighter than one half, inverted
 
-# %% ../nbs/01_augmentations.ipynb #3277fbc7
+# %% ../nbs/01_augmentations.ipynb #30085914
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -249,7 +248,7 @@ class View:
             elif len(ids):
                 at = ids.to(dev, non_blocking=True)
                 y[at] = f(y[at], *(o[ids] for o in args))
-        y = _unit(y)
+        y = to_unit(y)
         for k in (1,2,3) if d['turns'].any() else (): change(d['turns']==k, lambda o: o.rot90(k, (2,3)))
         if d['degrees'].any(): y = kornia.geometry.transform.rotate(y, d['degrees'].to(y), padding_mode='reflection')
         y = color_jitter(y, d['factors'], d['order'], d['jitter'][:,None] & d['ops'])
@@ -264,7 +263,7 @@ class View:
         return make_views(x, [self])[0]
     def __repr__(self): return f'View({self.size}, {self.min_scale}, {self.max_scale})'
 
-# %% ../nbs/01_augmentations.ipynb #dbc42c2c
+# %% ../nbs/01_augmentations.ipynb #2a2105a3
 @contextmanager
 def _one_thread(on):
     n = torch.get_num_threads()
@@ -278,12 +277,12 @@ def make_views(
     pipelines:list # `View`s, or functions from such a batch to a batch of views
 )->list: # A batch for each pipeline, in their order
     "Make all views of a batch; those of one size together"
-    x = _plain(x)
+    x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
     n,c,h,w = x.shape
     for p in pipelines:
         if isinstance(p, View) and len(p.mean)!=c:
             raise ValueError(f"images of {c} channels, but statistics of {len(p.mean)}: pass n_in={c} and stats=(means, deviations) to get_dino_aug_pipelines")
-    draws = [p.draw(n, h, w) if isinstance(p, View) else p(_unit(x)) for p in pipelines] # in the list's order, so that one by one gives the same
+    draws = [p.draw(n, h, w) if isinstance(p, View) else p(to_unit(x)) for p in pipelines] # in the list's order, so that one by one gives the same
     outs,group = list(draws),lambda i: str(pipelines[i]._group)
     ids = sorted((i for i,p in enumerate(pipelines) if isinstance(p, View)), key=lambda i: (group(i),i))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), _one_thread(x.device.type=='cpu'):
@@ -408,7 +407,7 @@ class ColorJitterPerImage(K.ColorJitter):
         on = (params['batch_prob']>.5).cpu()[:,None] & (f!=tensor([1.,1.,1.,0.]))
         return color_jitter(input.float().clamp(0,1), f, params['order'].cpu(), on).to(input.dtype)
 
-# %% ../nbs/01_augmentations.ipynb #da2ccafa
+# %% ../nbs/01_augmentations.ipynb #205d1329
 def show_views(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     pipelines:list, # What makes the views
@@ -417,8 +416,8 @@ def show_views(
     axs:np.ndarray|None=None # (n, 1+views) Axes to draw on
 )->np.ndarray: # The Axes
     "Images and their views, a row each"
-    x = _unit(x[:n])
-    views = [_unit(v).cpu() for v in make_views(x, pipelines)]
+    x = to_unit(x[:n])
+    views = [to_unit(v).cpu() for v in make_views(x, pipelines)]
     mean,std = (torch.as_tensor(o).cpu()[:,None,None] for o in stats or stats_of(pipelines) or ([0.]*x.shape[1],[1.]*x.shape[1]))
     if axs is None: axs = plt.subplots(len(x), 1+len(views), figsize=(1.3*(1+len(views)),1.35*len(x)), squeeze=False)[1]
     for row,img in enumerate(x):

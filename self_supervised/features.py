@@ -6,13 +6,14 @@
 __all__ = ['norm_stats', 'dl_normalize', 'model_norm', 'encode', 'whole_dl', 'plain_dl', 'load_features', 'autocast_to',
            'extract_features']
 
-# %% ../nbs/06_features.ipynb #6eec6d05
+# %% ../nbs/06_features.ipynb #9be1547e
 from fastai.vision.all import *
 from collections.abc import Sized
 from fastprogress.fastprogress import progress_bar
+from .data import *
 from .encoders import *
 
-# %% ../nbs/06_features.ipynb #260ae725
+# %% ../nbs/06_features.ipynb #b6fb5db0
 def norm_stats(
     x:Learner|nn.Module # What `encoder_of` takes
 )->tuple|None: # Mean and deviation, (C,) each; None where the model does not say
@@ -34,8 +35,7 @@ class _Renorm:
     "From the normalisation `norm` of a DataLoader to the statistics of a model"
     def __init__(self, stats, norm=None, given=False): store_attr()
     def __call__(self, x):
-        x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
-        if x.dtype==torch.uint8: x = x.float()/255
+        x = to_unit(x)
         if self.stats is None: return x
         if self.norm is None and not self.given and x.numel():
             low,high = (o.item() for o in x.aminmax())

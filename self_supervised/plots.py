@@ -104,7 +104,7 @@ def show_tsne(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/40_plots.ipynb #43f89258
+# %% ../nbs/40_plots.ipynb #a6baa925
 def _as_images(
     x, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
     n_in=3 # Channels that files and Pillow images are opened with
@@ -114,8 +114,8 @@ def _as_images(
         if len({o.shape[1:] for o in xs})>1: raise ValueError(f"images of {', '.join(sorted({f'{o.shape[-1]}x{o.shape[-2]}' for o in xs}))} pixels: pass images of one size, or one at a time")
         return torch.cat(xs)
     if isinstance(x, (str,Path,Image.Image)): x = image2tensor(open_image(x, opener(n_in)).convert('RGB' if n_in==3 else 'L'))
-    x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
-    return (x if x.ndim==4 else x[None]).float()/(255 if x.dtype==torch.uint8 else 1)
+    x = to_unit(x).float()
+    return x if x.ndim==4 else x[None]
 
 def _for_encoder(encoder, x, stats, who):
     "The encoder, the images cut to whole patches, and the same normalised on its device"

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MultiView', 'split_forward', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb']
 
-# %% ../../nbs/30_vision.core.ipynb #ee27e74e
+# %% ../../nbs/30_vision.core.ipynb #002115d2
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision, AMPMode
+from ..data import *
 from ..augmentations import *
 from ..checkpoints import *
 from ..distributed import *
@@ -16,7 +17,7 @@ from ..features import *
 from ..monitors import *
 from ..objectives import *
 
-# %% ../../nbs/30_vision.core.ipynb #0440574f
+# %% ../../nbs/30_vision.core.ipynb #fda7dd86
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -66,7 +67,7 @@ class MultiView(Callback):
             return make(x) if make else make_views(x, self.aug_pipelines)
 
     def before_batch(self):
-        if self.aside: return
+        if self.aside: return setattr(self.learn, 'xb', (to_unit(self.xb[0]),*self.xb[1:]))
         views = self.make_views(self.xb[0])
         self.learn.xb,self.learn.yb = (views,),self.targets(views)
 
