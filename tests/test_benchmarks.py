@@ -11,6 +11,7 @@ views = dict(size=16, small=8, n_small=2)
 tiny  = dict(
     loss=dict(bs=2, out_dim=16, n_crops=4), ema=dict(vit, out_dim=16), clip=dict(vit, out_dim=16), optimizer=dict(vit, out_dim=16),
     knn=dict(n_train=200, n_test=50, dim=8, n_classes=4, k=5),
+    views=dict(bs=2, size=32, global_size=16, local_size=8, n_local=1),
     step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2),
     epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0),
     scaling=dict(vit, size=16, small=8, batches='2', crops='0,1', out_dims='16', images='4', bs=2, n_small=1, out_dim=16, hidden_dim=8, file_sizes='16,8'))

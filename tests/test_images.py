@@ -99,7 +99,7 @@ def read_all(dls, epochs=2):
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         xs = [x for _ in range(epochs) for dl in dls for x, in dl]
-    assert all(x.isfinite().all() and 0<=x.min() and x.max()<=1 for x in xs)
+    for x in map(to_unit, xs): assert x.isfinite().all() and 0<=x.min() and x.max()<=1
     return xs,[str(o.message) for o in w if 'could not' in str(o.message)]
 
 @pytest.mark.parametrize('name', bytes_of_good)
