@@ -21,6 +21,7 @@ from .evaluation.table import *
 from .evaluation.unlabelled import *
 from .monitors import *
 from .runs import *
+from .memory import *
 from .vision.core import *
 from .vision.dino import *
 from .plots import *

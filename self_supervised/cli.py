@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunFailed', 'run_command', 'dino_train', 'main']
 
-# %% ../nbs/50_cli.ipynb #760a7d12
+# %% ../nbs/50_cli.ipynb #8e4dc2b5
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')             # fastai's, at import
 from fastai.vision.all import *
@@ -23,17 +23,16 @@ from .distributed import *
 from .evaluation.table import *
 from .monitors import *
 from .runs import *
+from .memory import *
 from .vision.core import *
 from .vision.dino import *
 from .plots import *
 
-# %% ../nbs/50_cli.ipynb #10e10280
+# %% ../nbs/50_cli.ipynb #9dcf0822
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
     return re.sub(r'^[\w.]*(Error|Exception): ', '', line)
-
-def _no_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'out of memory' in str(e) or "can't allocate memory" in str(e)
 
 class RunFailed(Exception): "A run ended without a result; the message says why"
 
@@ -52,15 +51,16 @@ def run_command(
         print(f"\n{name}: stopped{getattr(func, 'when_stopped', '')}", file=sys.stderr)
         return 130
     except Exception as e:
-        if _no_memory(e):
-            print(f"{name}: out of memory: {getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
+        if out_of_memory(e):
+            need = re.search(r'a step of .*? GB \(.*?\)', str(e))
+            print(f"{name}: out of memory: {need[0]+'; ' if need else ''}{getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
             return 1
         if not isinstance(e, (ValueError, OSError, RunFailed)): raise
         print(f"{name}: {_sentence(e)}", file=sys.stderr)
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #72289cc2
+# %% ../nbs/50_cli.ipynb #80c988a2
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -88,7 +88,7 @@ def _check(args, out):
     if any(out.glob('checkpoint*.pth')) and not (resume or overwrite):
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, --overwrite to start anew, or another --out")
 
-_may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing')        # between a run and its resumption
+_may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -132,6 +132,8 @@ def dino_train(
     max_hours:float=None, # End in time: after the last epoch that leaves time for one more. The same command with --resume goes on
     compile:bool=False, # Compile the encoders: minutes at the start, faster after
     grad_checkpointing:bool=False, # Keep fewer activations and compute them again: room for larger backbones, a third slower
+    chunked_loss:bool=False, # Never hold the logits of all views: room where --out-dim is large
+    auto_bs:bool=False, # Halve the batch until a step fits into memory, and accumulate to what was asked for
     sync_bn:bool_arg=None # With several processes: BatchNorm over all of them (default: on GPUs)
 ):
     "Pretrain a backbone with DINO (Caron et al. 2021), and leave a checkpoint, the encoder, the history and pictures in a folder"
@@ -163,7 +165,7 @@ def dino_train(
     every = max(1, epochs//20)
     cbs   = L(KNNMonitor(labelled, min(20,len(labelled.train_ds)), every=every, who=w) for w in ('teacher','student')) if labelled else L()
     if grad_accumulation>1: cbs += GradientAccumulation(grad_accumulation*bs)
-    learn = dino_learner(dls, enc, pipes, out_dim, precision, cbs=cbs, compile=compile, grad_checkpointing=grad_checkpointing, opt_func=_opts[optimizer], path=out, **dino_kw,
+    learn = dino_learner(dls, enc, pipes, out_dim, precision, cbs=cbs, bs='auto' if auto_bs else None, compile=compile, grad_checkpointing=grad_checkpointing, chunked_loss=chunked_loss, opt_func=_opts[optimizer], path=out, **dino_kw,
                          **_given(use_bn=use_bn_in_head, norm_last_layer=norm_last_layer))
     untrained = deepcopy(encoder_of(learn))
     untrained.mean,untrained.std = learn.model.mean,learn.model.std          # the same images for both
@@ -192,8 +194,7 @@ def dino_train(
           + f"; the encoder is in {out/'encoder.safetensors'}")
 
 dino_train.when_stopped = "; the same command with --resume goes on behind the last epoch that was done"
-dino_train.when_full = ("lower --batch-size-per-gpu (with --grad-accumulation for the same steps), --local-crops-number or --global-crops-size, choose a smaller --arch, "
-                        "or pass --precision bf16")
+dino_train.when_full = ("pass --auto-bs, which finds the batch that fits, --grad-checkpointing, --chunked-loss or --precision bf16, or lower --local-crops-number, --global-crops-size or --out-dim")
 
 def main():
     "The command `dino_train`"

@@ -11,7 +11,7 @@ __all__ = ['DINOModel', 'native_size', 'create_dino_model', 'clip_per_param', 'D
            'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of',
            'patch_size']
 
-# %% ../../nbs/31_vision.dino.ipynb #323723a6
+# %% ../../nbs/31_vision.dino.ipynb #944f3f29
 from fastai.vision.all import *
 import inspect
 from ..data import *
@@ -25,6 +25,7 @@ from ..checkpoints import *
 from ..distributed import *
 from ..monitors import *
 from ..runs import *
+from ..memory import *
 from .core import *
 
 # %% ../../nbs/31_vision.dino.ipynb #dbe11fd1
@@ -107,7 +108,7 @@ def create_dino_model(
     stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return DINOModel(nn.Sequential(MultiCropWrapper(enc), DINOHead(nf, out_dim, **head)), stats=stats)
 
-# %% ../../nbs/31_vision.dino.ipynb #5df8f633
+# %% ../../nbs/31_vision.dino.ipynb #1a492198
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -162,13 +163,16 @@ class DINO(TeacherStudent):
 
     def lf(self, pred, *yb):
         target = teacher_probs(torch.cat(yb[0]), self.nets.C, self.tpt)
-        if self.chunked_loss: loss = linear_pair_loss(pred, self.nets.student[-1].last_layer.weight, target, self.tps, self.large_crop_ids)
-        else: loss = pair_loss(pred, target, self.tps, self.large_crop_ids)
+        loss = self.pairs(pred, target)
         if self.training:
             bs = find_bs(yb)
             self.sums = self.sums + bs*torch.stack([loss.detach(), entropy(target)])     # on the device: no waiting for it
             self.n_seen += bs
         return loss
+
+    def pairs(self, pred, target):
+        if not self.chunked_loss: return pair_loss(pred, target, self.tps, self.large_crop_ids)
+        return linear_pair_loss(pred, self.nets.student[-1].last_layer.weight, target, self.tps, self.large_crop_ids)
 
     def before_train(self):
         super().before_train()
@@ -184,7 +188,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #42629987
+# %% ../../nbs/31_vision.dino.ipynb #a6e30fbf
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -213,6 +217,7 @@ def dino_learner(
     out_dim:int|None=None, # K, the number of prototypes; default: by the number of images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
+    bs:str|None=None, # 'auto': batches of `dls` are halved until a step fits into memory, and accumulated to what was asked for
     compile:bool=False, # Compile the encoders of student and teacher? The first batches take minutes, then it is faster; names of weights stay
     grad_checkpointing:bool=False, # Keep fewer activations of the student and compute them again? A third slower, and room for larger backbones
     **kwargs # For `DINO`, `Learner` and `create_dino_model`, told apart by their names
@@ -245,7 +250,49 @@ def dino_learner(
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     knn = KNNMonitor(dls, k=min(20,n)) if classes and len(dls.valid)>0 and n<=20_000 else None
     cbs = L(dino, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
-    return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
+    learn = Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
+    if bs is None: return learn
+    if bs!='auto': raise ValueError(f"bs={bs!r}: pass 'auto', or None and the batch size to the DataLoaders")
+    return _with_smaller_batches(learn, largest_batch(partial(_step_fits, learn, x[:1]), find_bs_of(dls)))
+
+def _amp_dtype(learn):
+    amp = getattr(learn, 'mixed_precision', None)
+    return dict(bf16=torch.bfloat16, fp16=torch.float16)[amp.amp_mode.value] if amp else None
+
+def _empty_cache(dev): getattr(getattr(torch, dev.type, None), 'empty_cache', noop)()
+
+def _step_fits(learn, x, n):
+    "Does a step of `n` images fit into memory? Nothing of it stays"
+    dino,m,dev = learn.dino,get_model(learn.model),torch.device(getattr(learn.dls, 'device', None) or 'cpu')
+    dtype,was = _amp_dtype(learn),{k:v.clone() for k,v in m.to(dev).named_buffers()}
+    try:
+        with random_kept(), torch.autocast(dev.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            views = dino.make_views(x.to(dev).expand(n, -1, -1, -1).contiguous())
+            with torch.no_grad(): target = teacher_probs(m.teacher([views[i] for i in dino.large_crop_ids]), m.C, dino.tpt_end)
+            loss = dino.pairs(m(views, not dino.chunked_loss), target)
+        loss.backward()
+        moments = [torch.empty_like(p) for p in m.student.parameters() for _ in range(2)]
+        return True
+    except Exception as e:
+        if not out_of_memory(e): raise
+        return False
+    finally:
+        views = target = loss = moments = None
+        m.zero_grad()
+        for k,v in m.named_buffers(): v.copy_(was[k])
+        _empty_cache(dev)
+
+def _with_smaller_batches(learn, bs):
+    dls,asked = learn.dls,find_bs_of(learn.dls)
+    if bs==asked: return learn
+    if not all(isinstance(dl, DataLoader) for dl in dls): raise ValueError(f"a batch of {asked} does not fit into memory, and only fastai's DataLoaders can be halved: make them with bs={bs}, and pass cbs=GradientAccumulation({asked})")
+    new = [dl.new(bs=bs) for dl in dls]
+    for o,dl in zip(new, dls): o.rng = dl.rng
+    learn.dls = DataLoaders(*new, path=dls.path, device=dls.device)
+    acc = first(learn.cbs, lambda o: isinstance(o, GradientAccumulation))
+    if acc is None: learn.add_cb(acc := GradientAccumulation(asked))
+    print(f"batches of {asked} do not fit into memory: {bs} at a time, and a step after every {acc.n_acc}")
+    return learn
 
 def _checkpoint_activations(encoder):
     try: encoder.set_grad_checkpointing(True)
@@ -258,7 +305,15 @@ def find_bs_of(
     "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-# %% ../../nbs/31_vision.dino.ipynb #6307f365
+# %% ../../nbs/31_vision.dino.ipynb #d2cd3c72
+def _memory_error(model, dino, sizes, bs, dtype, e):
+    "An error of the same kind that says where the memory went"
+    model.zero_grad()
+    _empty_cache(model.C.device)
+    try: said = what_saves(model, sizes, bs, dino.chunked_loss, dtype)
+    except Exception: said = f"a step of {bs} images and {len(sizes)} views does not fit: pass smaller batches with GradientAccumulation, chunked_loss=True, a smaller out_dim, or grad_checkpointing=True"
+    return type(e)(f"out of memory: {said}. (The device said: {str(e).strip().splitlines()[-1].strip() if str(e).strip() else 'nothing'})")
+
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
@@ -294,6 +349,12 @@ def fit_dino(self:Learner,
     scheds = dict(lr=lr_sched(lr, lr_min, n*n_epoch, round(warmup*n)), wd=wd_sched(*wd) if self.splitter is dino_splitter else SchedCos(*wd))
     logger = self.logger
     try: self.fit(n_epoch, lr, cbs=L(ParamScheduler(scheds))+L(cbs), start_epoch=start_epoch)
+    except Exception as e:
+        if not out_of_memory(e) or re.search(r'occured in `(?!DINO`)', str(e)): raise            # a monitor's is another matter
+        sizes = [v.shape[-1] for v in self.xb[0]] if self.xb and isinstance(self.xb[0], list) else []
+        self.xb,self.yb,self.pred,self.loss,self.loss_grad = (),(),None,None,None
+        if not sizes: raise                                      # it was not the step
+        raise _memory_error(get_model(self.model), dino, sizes, bs, _amp_dtype(self), e) from None
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
         self.logger = logger
         self.model = get_model(self.model)
