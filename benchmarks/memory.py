@@ -3,7 +3,8 @@
     python -m benchmarks.memory --bs 64 --device cuda
 
 MB above what the process held with its libraries loaded; on a CPU of the process, with the system's own allocator settings, on a
-GPU of its tensors. Inputs and weights are in it. 'ours, less memory' computes the encoder's activations again (`grad_checkpointing=True`).
+GPU of its tensors. Inputs and weights are in it. Two arguments of `dino_learner` save some: `chunked_loss` never holds the logits of all views,
+`grad_checkpointing` computes the encoder's activations again.
 """
 import json, os, resource, subprocess, sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_loss(who, bs, n_small, out_dim, device, **_):
 def run_step(who, bs, n_small, out_dim, device, arch, size, small, hidden_dim, precision):
     model,views = create_dino_model(arch, out_dim, 0., hidden_dim=hidden_dim).to(device),make_views(bs, n_small, (size,small), device)
     makers = dict(plain=plain.Step, lightly=LightlyStep)
-    f = Plain(makers[who], model, views, precision) if who in makers else Ours(model, views, precision, grad_checkpointing=who!='ours')
+    f = Plain(makers[who], model, views, precision) if who in makers else Ours(model, views, precision, **{k: k in who for k in ('chunked_loss','grad_checkpointing')})
     del model                                                    # the others made their own networks
     for _ in range(2): f()
 
@@ -57,7 +58,7 @@ def rows(
     kw.pop('rounds')
     env = {k:v for k,v in os.environ.items() if k not in STEADY}
     peers = ['plain']+['lightly']*bool(lightly())
-    for what,whos in (('loss', ['ours',*peers]),('step', ['ours','ours, less memory',*peers])):
+    for what,whos in (('loss', ['ours',*peers]),('step', ['ours','ours, chunked_loss','ours, chunked_loss and grad_checkpointing',*peers])):
         def mb(who):
             run = subprocess.run([sys.executable, '-m', 'benchmarks.memory', '--one', json.dumps([what, who, kw])], env=env, stdout=subprocess.PIPE, text=True, check=True)
             return float(run.stdout.splitlines()[-1])

@@ -55,11 +55,11 @@ def test_drop_path_of_plain():
     test_close(out.mean(), 1., .1)
     assert (b.eval().drop_path(torch.ones(9,1,1))==1).all()
 
-@pytest.mark.parametrize('who', ['ours','ours, less memory','plain'])
+@pytest.mark.parametrize('who', ['ours','ours, chunked_loss and grad_checkpointing','plain'])
 def test_memory(who):
     kw = dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, precision='fp32', device='cpu')
     assert memory.peak(lambda: memory.run_step(who, **kw), 'cpu')>=0
-    if who!='ours, less memory': assert memory.peak(lambda: memory.run_loss(who, **kw), 'cpu')>=0
+    if ',' not in who: assert memory.peak(lambda: memory.run_loss(who, **kw), 'cpu')>=0
 
 @pytest.mark.slow
 def test_memory_in_processes():
