@@ -8,6 +8,7 @@ import kornia.augmentation as K, numpy as np, torch
 from PIL import Image
 from torchvision.transforms import v2
 from self_supervised.augmentations import crop_resize, get_dino_aug_pipelines, random_boxes
+from self_supervised.data import to_unit
 from . import plain
 from .race import main, race, rows_of, same
 
@@ -29,8 +30,8 @@ def levels(images, size):
     "Root mean square error of our crops against Pillow's, in levels of 8 bits"
     x = torch.stack([torch.from_numpy(np.array(o)).permute(2,0,1) for o in images])
     boxes = random_boxes(len(x), *x.shape[2:], (.05,.4))
-    got = crop_resize(x, boxes, size).permute(0,2,3,1).double()
-    pil = [im.resize((size,size), Image.BICUBIC, box=(l,t,l+w,t+h)) for im,(t,l,h,w) in zip(images, boxes.tolist())]
+    got = 255*to_unit(crop_resize(x, boxes, size)).permute(0,2,3,1).double()
+    pil = [im.crop((l,t,l+w,t+h)).resize((size,size), Image.BICUBIC) for im,(t,l,h,w) in zip(images, boxes.int().tolist())]
     return (got-torch.from_numpy(np.stack(pil)).double()).pow(2).mean().sqrt().item()
 
 def contestants(images, sizes, n_local, device, floats=False):

@@ -99,7 +99,7 @@ def test_random_files_are_read_or_named(tmp_path):
         warnings.simplefilter('always')
         dls = unlabelled_dls(tmp_path, size=24, bs=20, num_workers=2, seed=0, path=tmp_path)
         for _ in range(2):
-            for x, in dls.train: assert x.shape==(20,3,24,24) and x.isfinite().all() and 0<=x.min() and x.max()<=1
+            for x, in dls.train: assert x.shape==(20,3,24,24) and x.dtype==torch.uint8
     named = [str(o.message) for o in w if 'could not read' in str(o.message)]
     assert len(named)==len(set(named))>5
 
