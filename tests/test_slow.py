@@ -129,3 +129,18 @@ def test_views_of_a_device_compile(monkeypatch):
         for f,args in ((A.crop_matmul,(x,d['boxes'],48,d['flip'])), (A.blur_matmul,(torch.rand(16,3,48,48),d['sigma'],6)), (A.adjust_hue_,(torch.rand(16,3,48,48),torch.rand(16,1,1,1)-.5))):
             got,want = (g(*[a.clone() if torch.is_tensor(a) else a for a in args]) for g in (torch.compile(f, fullgraph=True),f))
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('arch', ['vit_mini_patch4_16','convnet_mini'])
+def test_a_compiled_learner_learns_the_same(arch, tmp_path):
+    def trained(**kwargs):
+        learn = digits_learner(0, n_train=128, arch=arch, drop_path_rate=0., cbs=[], **kwargs)
+        with quiet(learn): learn.fit_dino(2)
+        return learn
+    a,b = trained(),trained(compile=True)
+    assert b.model.student[0]._compiled_call_impl is not None and a.model.state_dict().keys()==b.model.state_dict().keys()
+    for x,y in zip(a.recorder.values, b.recorder.values): assert np.allclose(x[:3], y[:3], rtol=1e-3), (x,y)
+    export_encoder(b, tmp_path/'e.safetensors', verbose=False)
+    x = torch.rand(2,3,16,16)
+    with torch.no_grad(): assert torch.allclose(load_encoder(tmp_path/'e.safetensors')(x), encoder_of(b).eval()(x), atol=1e-5)
+    if arch[:3]=='vit': assert attention_maps(encoder_of(b), x).shape==(2,4,4,4)
+    b.export(tmp_path/'learn.pkl')
