@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['DINOModel', 'native_size', 'create_dino_model', 'clip_per_param', 'DINO', 'TorchOptim', 'dino_opt', 'crop_sizes_for',
-           'dino_learner', 'find_bs_of', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', 'View',
-           'show_views', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper', 'encoder_of',
-           'DINOHead', 'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter',
-           'unlabelled_dls', 'digits_dls', 'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History',
-           'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of',
-           'patch_size']
+           'dino_learner', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', 'View', 'show_views',
+           'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper', 'encoder_of', 'DINOHead',
+           'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls',
+           'digits_dls', 'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint',
+           'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size']
 
 # %% ../../nbs/31_vision.dino.ipynb #944f3f29
 from fastai.vision.all import *
@@ -188,7 +187,7 @@ class DINO(TeacherStudent):
             for n,p in self.nets.student.named_parameters():
                 if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/31_vision.dino.ipynb #a6e30fbf
+# %% ../../nbs/31_vision.dino.ipynb #159262c5
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -253,67 +252,14 @@ def dino_learner(
     learn = Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
     if bs is None: return learn
     if bs!='auto': raise ValueError(f"bs={bs!r}: pass 'auto', or None and the batch size to the DataLoaders")
-    return _with_smaller_batches(learn, largest_batch(partial(_step_fits, learn, x[:1]), find_bs_of(dls)))
-
-def _amp_dtype(learn):
-    amp = getattr(learn, 'mixed_precision', None)
-    return dict(bf16=torch.bfloat16, fp16=torch.float16)[amp.amp_mode.value] if amp else None
-
-def _empty_cache(dev): getattr(getattr(torch, dev.type, None), 'empty_cache', noop)()
-
-def _step_fits(learn, x, n):
-    "Does a step of `n` images fit into memory? Nothing of it stays"
-    dino,m,dev = learn.dino,get_model(learn.model),torch.device(getattr(learn.dls, 'device', None) or 'cpu')
-    dtype,was = _amp_dtype(learn),{k:v.clone() for k,v in m.to(dev).named_buffers()}
-    try:
-        with random_kept(), torch.autocast(dev.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            views = dino.make_views(x.to(dev).expand(n, -1, -1, -1).contiguous())
-            with torch.no_grad(): target = teacher_probs(m.teacher([views[i] for i in dino.large_crop_ids]), m.C, dino.tpt_end)
-            loss = dino.pairs(m(views, not dino.chunked_loss), target)
-        loss.backward()
-        moments = [torch.empty_like(p) for p in m.student.parameters() for _ in range(2)]
-        return True
-    except Exception as e:
-        if not out_of_memory(e): raise
-        return False
-    finally:
-        views = target = loss = moments = None
-        m.zero_grad()
-        for k,v in m.named_buffers(): v.copy_(was[k])
-        _empty_cache(dev)
-
-def _with_smaller_batches(learn, bs):
-    dls,asked = learn.dls,find_bs_of(learn.dls)
-    if bs==asked: return learn
-    if not all(isinstance(dl, DataLoader) for dl in dls): raise ValueError(f"a batch of {asked} does not fit into memory, and only fastai's DataLoaders can be halved: make them with bs={bs}, and pass cbs=GradientAccumulation({asked})")
-    new = [dl.new(bs=bs) for dl in dls]
-    for o,dl in zip(new, dls): o.rng = dl.rng
-    learn.dls = DataLoaders(*new, path=dls.path, device=dls.device)
-    acc = first(learn.cbs, lambda o: isinstance(o, GradientAccumulation))
-    if acc is None: learn.add_cb(acc := GradientAccumulation(asked))
-    print(f"batches of {asked} do not fit into memory: {bs} at a time, and a step after every {acc.n_acc}")
-    return learn
+    return with_smaller_batches(learn, largest_batch(partial(step_fits, learn, x[:1]), find_bs_of(dls)))
 
 def _checkpoint_activations(encoder):
     try: encoder.set_grad_checkpointing(True)
     except (AttributeError,AssertionError) as e:
         raise ValueError(f"{type(encoder).__name__} cannot compute activations again: pass grad_checkpointing=False, or a timm backbone that can, such as vit_*, convnext_* or resnet*") from e
 
-def find_bs_of(
-    dls:DataLoaders # fastai's or PyTorch's
-)->int: # Images in a training batch
-    "Batch size of the training loader"
-    return getattr(dls.train, 'bs', None) or dls.train.batch_size
-
-# %% ../../nbs/31_vision.dino.ipynb #d2cd3c72
-def _memory_error(model, dino, sizes, bs, dtype, e):
-    "An error of the same kind that says where the memory went"
-    model.zero_grad()
-    _empty_cache(model.C.device)
-    try: said = what_saves(model, sizes, bs, dino.chunked_loss, dtype)
-    except Exception: said = f"a step of {bs} images and {len(sizes)} views does not fit: pass smaller batches with GradientAccumulation, chunked_loss=True, a smaller out_dim, or grad_checkpointing=True"
-    return type(e)(f"out of memory: {said}. (The device said: {str(e).strip().splitlines()[-1].strip() if str(e).strip() else 'nothing'})")
-
+# %% ../../nbs/31_vision.dino.ipynb #ab7709c1
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 @patch
@@ -352,9 +298,8 @@ def fit_dino(self:Learner,
     except Exception as e:
         if not out_of_memory(e) or re.search(r'occured in `(?!DINO`)', str(e)): raise            # a monitor's is another matter
         sizes = [v.shape[-1] for v in self.xb[0]] if self.xb and isinstance(self.xb[0], list) else []
-        self.xb,self.yb,self.pred,self.loss,self.loss_grad = (),(),None,None,None
         if not sizes: raise                                      # it was not the step
-        raise _memory_error(get_model(self.model), dino, sizes, bs, _amp_dtype(self), e) from None
+        raise memory_error(self, sizes, e) from None
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
         self.logger = logger
         self.model = get_model(self.model)
