@@ -210,7 +210,7 @@ class ReadableDL(TfmdDL):
         self.name_bad()
         return b
 
-# %% ../nbs/00_data.ipynb #fa85377a
+# %% ../nbs/00_data.ipynb #e86750d3
 class CachedImages:
     "Opened images, as a data set"
     n_inp = 1
@@ -243,7 +243,7 @@ def _free_bytes(device):
 def cached_dls(
     dls:DataLoaders, # `ReadableDL`s
     size:int, # Side of their images, in pixels
-    progress:bool|None=None # Show a progress bar? Default: in the first of several processes
+    progress:bool|None=None # Show a progress bar? Default: in the first of several processes, where there is more than one batch to open
 )->list: # A `CachedDL` for each
     "Open all images of some loaders, and keep them in one tensor on the device; a `ValueError` where they do not fit"
     device,ns,x,done = torch.device(dls.device),[len(dl.dataset) for dl in dls],None,0
@@ -251,7 +251,7 @@ def cached_dls(
         if not len(dl.dataset): continue
         read = dl.new(bs=min(64, len(dl.dataset)), shuffle=False, drop_last=False, device='cpu', pin_memory=False)
         read.before_iter = partial(_as_in_validation, read)
-        for b, in progress_bar(read, leave=False) if ifnone(progress, not rank_distrib()) else read:
+        for b, in progress_bar(read, leave=False) if ifnone(progress, not rank_distrib() and len(read)>1) else read:
             if x is None:
                 need,free = sum(ns)*b[0].numel()*b.element_size(),_free_bytes(device)
                 if need>free: raise ValueError(f"{sum(ns)} images of {'x'.join(map(str, b.shape[1:]))} take {need/1e9:.2f} GB, and {free/1e9:.2f} GB are free on {device}: "
