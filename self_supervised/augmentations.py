@@ -15,10 +15,10 @@ from itertools import groupby
 import kornia, kornia.augmentation as K
 from .data import *
 
-# %% ../nbs/01_augmentations.ipynb #fa2e4d99
+# %% ../nbs/01_augmentations.ipynb #476fe757
 def _way(x):
     "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
-    return x.device.type=='cpu' and x[0,0].numel()>64**2, torch.half if x.is_cuda and x.dtype==torch.uint8 else torch.float32
+    return x.device.type=='cpu' and x[0,0].numel()>64**2, torch.half if x.device.type!='cpu' and x.dtype==torch.uint8 else torch.float32
 
 
 def _cubic(x, a=-.5):

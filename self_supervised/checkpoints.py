@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #ecfe748e
+# %% ../nbs/07_checkpoints.ipynb #1f413ddd
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -28,7 +28,7 @@ def atomic_path(
     "A temporary path beside `file` that takes its place when all is written, so that a crash leaves the old file whole"
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
+    tmp = file.with_name(f'.{file.name[:50]}.{os.getpid()}.tmp')                 # a name may have 255 bytes already
     try:
         yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())

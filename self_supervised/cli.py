@@ -60,7 +60,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #80c988a2
+# %% ../nbs/50_cli.ipynb #462811a4
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -102,6 +102,7 @@ def dino_train(
     labels:str=None, # Folder with train/ and test/ (or val/) of class folders, or with class folders: k-NN while training, and a table at the end
     seed:int=0, # Seed of everything random
     num_workers:int=None, # Processes that open images (default: one a core, at most 16)
+    cache:bool=False, # Open each file once, and keep the middle square of all on the device: for what fits into its memory
     precision:str=None, # fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)
     resume:bool=False, # Go on with the run in --out
     overwrite:bool=False, # Start anew over a run in --out
@@ -151,7 +152,7 @@ def dino_train(
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
     else:
         if overwrite and not rank: (out/'bad_files.jsonl').unlink(missing_ok=True)
-        dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, path=out, open_fn=open_rgb if n_in==3 else open_gray)
+        dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, path=out, open_fn=open_rgb if n_in==3 else open_gray, cache=cache)
         labelled = labelled_dls(labels, size, bs, crop_pct=1, num_workers=num_workers, n_in=n_in) if labels else None
     enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=drop_path_rate, **_given(patch_size=patch_size))
     sizes = crop_sizes_for(size, enc)

@@ -72,7 +72,7 @@ def _device():
     "Where the processes talk"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/09_distributed.ipynb #001afe35
+# %% ../nbs/09_distributed.ipynb #e555d2d3
 def joint_len(
     n:int, # Images
     bs:int, # Images in a batch of one process
@@ -84,6 +84,10 @@ def joint_len(
 
 class JointDL(DistributedDL):
     "A `DistributedDL` that cuts each joint batch into equal pieces"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fake_l.prefetch_factor = self.dl.fake_l.prefetch_factor
+
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=_device())
         dist.broadcast(t, rank)

@@ -284,7 +284,7 @@ def test_dino_train(many, three, tmp_path, capfd, monkeypatch):
     def stop(*args, **kwargs): raise Reached("training would start")
     monkeypatch.setattr(Learner, 'fit', stop)
     base = ['--path', str(three), '--out', str(tmp_path/'run'), '--arch', 'convnet_mini', '--size', '16', '--num-workers', '0', '--batch-size-per-gpu', '2', '--out-dim', '16', '--local-crops-number', '1']
-    fuzz(lambda args: check_command(dino_train, capfd, base+args), 700, many, options(train_options, odd_values, ['--resume','--overwrite','--rot90','--compile','--grad-checkpointing']))
+    fuzz(lambda args: check_command(dino_train, capfd, base+args), 700, many, options(train_options, odd_values, ['--resume','--overwrite','--rot90','--compile','--grad-checkpointing','--cache']))
 
 eval_options = ['--encoder','--data','--who','--size','--n-in','--batch-size','--num-workers','--precision','--device','--seed','--groups','--k','--temperature','--n-blocks','--lrs','--valid-pct','--linear-weights',
                 '--labels','--draws','--epochs','--lr','--benchmark','--distractors','--whiten-on','--masks','--keep','--split','--nonsense']

@@ -64,7 +64,8 @@ def test_what_looks_at_a_model_leaves_it_as_it_was(tmp_path):
     extract_features(learn, learn.dls.train); knn_accuracy(learn, digits_dls())          # PyTorch's and fastai's loaders draw a seed when they start
     assert left(learn)==before and changed(learn.model, was)==[] and [m.training for m in learn.model.modules()]==modes
 
-ALLOWED = {'vision/core.py': "asks the GPU whether it has bfloat16, which only CUDA's can lack", 'checkpoints.py': "random numbers of GPUs, where there are some", 'cli_eval.py': 'names of devices in advice'}
+ALLOWED = {'vision/core.py': "asks the GPU whether it has bfloat16, which only CUDA's can lack", 'data.py': "pins memory for GPUs, and asks how much of theirs is free",
+           'checkpoints.py': "random numbers of GPUs, where there are some", 'cli_eval.py': 'names of devices in advice'}
 
 def test_the_code_asks_for_no_cuda():
     "The same path serves CPU, CUDA and MPS"
