@@ -707,6 +707,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'self_supervised/runs.py'),
                                       'self_supervised.runs.RunCheckpoint._put': ( 'runs.html#runcheckpoint._put',
                                                                                    'self_supervised/runs.py'),
+                                      'self_supervised.runs.RunCheckpoint._room': ( 'runs.html#runcheckpoint._room',
+                                                                                    'self_supervised/runs.py'),
                                       'self_supervised.runs.RunCheckpoint.after_epoch': ( 'runs.html#runcheckpoint.after_epoch',
                                                                                           'self_supervised/runs.py'),
                                       'self_supervised.runs.RunCheckpoint.after_train': ( 'runs.html#runcheckpoint.after_train',

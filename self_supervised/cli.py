@@ -60,7 +60,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #80c988a2
+# %% ../nbs/50_cli.ipynb #d8551184
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -177,6 +177,9 @@ def dino_train(
     start,cpu = time.time(),torch.device(dls.device).type=='cpu'
     keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change})
     limit = L(TimeLimit(max_hours) if max_hours else None).filter()
+    if overwrite and not resume and not rank:                    # now that all else is in order: --resume would go on from them
+        for o in out.glob('checkpoint*.pth'): o.unlink()
+    if resume and not rank and not any(out.glob('checkpoint*.pth')): print(f"{out} holds no checkpoint to resume from: starting anew")
     if n_proc>1: set_seed(seed+rank)                             # the model is the first process's; crops and colours are each one's own
     with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
         learn.fit_dino(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume)]+limit)
