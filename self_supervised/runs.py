@@ -13,7 +13,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #da53ec5f
+# %% ../nbs/21_runs.ipynb #18eccd64
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -102,6 +102,20 @@ class RunCheckpoint(Callback):
         try: return f"{shutil.disk_usage(self.folder).free/1e6:.0f} MB are free there"
         except OSError: return "there is no such folder"
 
+    def _accumulation(self):
+        "The callback whose step is not complete yet"
+        return first(self.learn.cbs, lambda c: isinstance(c, GradientAccumulation) and c.count>0)
+
+    def _sums(self):
+        "What the batches of this process have left for that step, beside the gradients, which are the same in all processes"
+        return {c.name: (to_cpu(c.out_sum), c.out_n) for c in self.learn.cbs if hasattr(c, 'out_sum')} if self._accumulation() else {}
+
+    def _accumulate_on(self, count, grads, sums):
+        first(self.learn.cbs, lambda c: isinstance(c, GradientAccumulation)).count = count
+        params = list(get_model(self.model).parameters())
+        for p,g in zip(params, grads): p.grad = None if g is None else g.to(p.device)
+        for k,(s,n) in sums[rank_distrib()].items(): setattr(getattr(self.learn, k), 'out_sum', to_device(s, params[0].device)); setattr(getattr(self.learn, k), 'out_n', n)
+
     def before_epoch(self):
         if self.epoch<self.first_epoch: raise CancelEpochException()
 
@@ -109,16 +123,19 @@ class RunCheckpoint(Callback):
         if self.state is None or self.epoch!=self.first_epoch: return
         if len(self.state['random'])==n_processes(): set_random_state(self.state['random'][rank_distrib()], self.dls)
         self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = self.state['smooth_loss']
+        rest = self.state.get('unfinished')
+        if rest and len(rest['sums'])==n_processes() and any(isinstance(c, GradientAccumulation) for c in self.learn.cbs): self._accumulate_on(**rest)
         self.state = None
 
     def after_train(self): self.trained = not no_fit(self.learn)
     def after_epoch(self):
         if not self.trained: return                              # skipped epochs, validate(), lr_find
-        self.trained,random = False,gather_objects(random_state(self.dls))
+        self.trained,random,sums = False,gather_objects(random_state(self.dls)),gather_objects(self._sums())
         if rank_distrib(): return
-        scaler,smooth = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss
+        scaler,smooth,acc = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss,self._accumulation()
+        rest = acc and dict(count=acc.count, grads=[p.grad for p in get_model(self.model).parameters()], sums=sums)
         state = _plain(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epoch=self.epoch+1, args=self.run_args,
-                            encoder=getattr(encoder_of(self.model), 'timm_args', None), scaler=scaler.state_dict() if scaler else None, random=random, smooth_loss=(smooth.val, smooth.count)))
+                            encoder=getattr(encoder_of(self.model), 'timm_args', None), scaler=scaler.state_dict() if scaler else None, random=random, smooth_loss=(smooth.val, smooth.count), unfinished=rest))
         try:
             for age in range(self.keep_last-1, 0, -1):
                 if self.file(age-1).exists() and self.file(age-1) not in self.damaged: _link(self.file(age-1), self.file(age))       # a damaged one would take the place of a good one

@@ -121,3 +121,16 @@ def test_a_disk_that_fills_up_while_the_encoder_is_written_is_a_sentence(tmp_pat
     assert run_command(dino_train, _quick('--out', tmp_path, '--epochs', 1))==2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith('dino_train: ') and 'encoder.safetensors could not be written' in err and 'make room' in err
+
+@pytest.mark.parametrize('precision', ['fp32','fp16'])
+def test_a_step_that_spans_two_epochs_is_resumed(tmp_path, precision):
+    "Five batches an epoch and two a step: gradients, their count and the sum for the centre go on too"
+    def make(): return digits_learner(0, n_train=5*64, precision=precision, cbs=[GradientAccumulation(128)])
+    whole = make()
+    with quiet(whole): whole.fit_dino(3, cbs=RunCheckpoint(tmp_path/'a'))
+    killed = make()
+    with quiet(killed), pytest.raises(KeyboardInterrupt): killed.fit_dino(3, cbs=[RunCheckpoint(tmp_path/'b'), StopAfter(0)])
+    assert torch.load(tmp_path/'b'/'checkpoint.pth', weights_only=True)['unfinished']['count']==64
+    other = digits_learner(7, n_train=5*64, precision=precision, cbs=[GradientAccumulation(128)])
+    with quiet(other): other.fit_dino(3, cbs=RunCheckpoint(tmp_path/'b', resume=True))
+    for (k,a),b in zip(whole.model.state_dict().items(), other.model.state_dict().values()): assert torch.equal(a, b), k
