@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['atomic_path', 'export_encoder', 'load_encoder', 'random_state', 'set_random_state', 'random_kept', 'peek', 'no_fit']
 
-# %% ../nbs/07_checkpoints.ipynb #fd0195be
+# %% ../nbs/07_checkpoints.ipynb #a0efd84b
 from fastai.vision.all import *
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 import json
 import timm
 from safetensors import SafetensorError, safe_open
@@ -27,14 +27,16 @@ def atomic_path(
 ):
     "A temporary path beside `file` that takes its place when all is written, so that a crash leaves the old file whole"
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f'.{file.name[:50]}.{os.getpid()}.tmp')                 # a name may have 255 bytes already
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())                         # safetensors writes files that nobody else may read
         os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
+    except (OSError,SafetensorError) as e: raise OSError(f"{file} could not be written ({getattr(e,'strerror',None) or first_line(e)}): make room, or pass a folder that can be written to") from e
+    finally:
+        with suppress(OSError): tmp.unlink()                     # it may never have been there
 
 def _rounded(t): return [round(o, 6) for o in t.tolist()]
 

@@ -60,7 +60,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #462811a4
+# %% ../nbs/50_cli.ipynb #18ce72b6
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -88,7 +88,7 @@ def _check(args, out):
     if any(out.glob('checkpoint*.pth')) and not (resume or overwrite):
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, --overwrite to start anew, or another --out")
 
-_may_change = ('out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss')        # between a run and its resumption
+_may_change = ('path','labels','out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -176,8 +176,11 @@ def dino_train(
     if not rank: print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {joint_len(len(dls.train_ds), bs, n_proc, True)} batches of {bs}"
                        f"{f' in each of {n_proc} processes' if n_proc>1 else ''}, {len(pipes)} views, K={learn.model.C.shape[1]}, on {dls.device}")
     start,cpu = time.time(),torch.device(dls.device).type=='cpu'
-    keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change})
+    keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change} | dict(images=len(dls.train_ds)))
     limit = L(TimeLimit(max_hours) if max_hours else None).filter()
+    if overwrite and not resume and not rank:                    # now that all else is in order: --resume would go on from them
+        for o in out.glob('checkpoint*.pth'): o.unlink()
+    if resume and not rank and not any(out.glob('checkpoint*.pth')): print(f"{out} holds no checkpoint to resume from: starting anew")
     if n_proc>1: set_seed(seed+rank)                             # the model is the first process's; crops and colours are each one's own
     with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
         learn.fit_dino(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume)]+limit)

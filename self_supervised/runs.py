@@ -13,7 +13,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #11766be3
+# %% ../nbs/21_runs.ipynb #18eccd64
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -53,7 +53,7 @@ class RunCheckpoint(Callback):
     def file(self, age=0): return self.folder/('checkpoint.pth' if age==0 else f'checkpoint-{age}.pth')
 
     def before_fit(self):
-        self.first_epoch,self.state,self.trained = 0,None,False
+        self.first_epoch,self.state,self.trained,self.damaged = 0,None,False,[]
         if no_fit(self.learn): return
         if not rank_distrib():
             for f in self.folder.glob('.checkpoint*.tmp'): f.unlink(missing_ok=True)                  # of a process that was killed while it wrote
@@ -62,13 +62,15 @@ class RunCheckpoint(Callback):
     def _newest(self):
         "The newest checkpoint that can be read"
         files = [f for f in map(self.file, range(100)) if f.exists()]
-        bad = []
+        bad,self.damaged = [],[]
         for f in files:
             try:
                 state = _run_state(torch.load(f, map_location='cpu', weights_only=True))
                 if bad: warnings.warn(f"{'; '.join(bad)}: going on from {f.name}, which has {state['epoch']} epochs behind it")
                 return f,state
-            except Exception as e: bad.append(f"{f} is no checkpoint of a run that can be read ({first_line(e)})")
+            except Exception as e:
+                bad.append(f"{f} is no checkpoint of a run that can be read ({first_line(e)})")
+                self.damaged.append(f)
         if bad: raise ValueError(f"{'; '.join(bad)}: start without resuming, in another folder")
         return None,None
 
@@ -95,6 +97,25 @@ class RunCheckpoint(Callback):
         if len(state.get('random', ()))==n_processes():
             with random_kept(self.dls): set_random_state(state['random'][rank_distrib()], self.dls)           # else it is found out when the model is trained on
 
+    def _room(self):
+        "PyTorch says of a full disk no more than that it failed"
+        try: return f"{shutil.disk_usage(self.folder).free/1e6:.0f} MB are free there"
+        except OSError: return "there is no such folder"
+
+    def _accumulation(self):
+        "The callback whose step is not complete yet"
+        return first(self.learn.cbs, lambda c: isinstance(c, GradientAccumulation) and c.count>0)
+
+    def _sums(self):
+        "What the batches of this process have left for that step, beside the gradients, which are the same in all processes"
+        return {c.name: (to_cpu(c.out_sum), c.out_n) for c in self.learn.cbs if hasattr(c, 'out_sum')} if self._accumulation() else {}
+
+    def _accumulate_on(self, count, grads, sums):
+        first(self.learn.cbs, lambda c: isinstance(c, GradientAccumulation)).count = count
+        params = list(get_model(self.model).parameters())
+        for p,g in zip(params, grads): p.grad = None if g is None else g.to(p.device)
+        for k,(s,n) in sums[rank_distrib()].items(): setattr(getattr(self.learn, k), 'out_sum', to_device(s, params[0].device)); setattr(getattr(self.learn, k), 'out_n', n)
+
     def before_epoch(self):
         if self.epoch<self.first_epoch: raise CancelEpochException()
 
@@ -102,24 +123,28 @@ class RunCheckpoint(Callback):
         if self.state is None or self.epoch!=self.first_epoch: return
         if len(self.state['random'])==n_processes(): set_random_state(self.state['random'][rank_distrib()], self.dls)
         self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = self.state['smooth_loss']
+        rest = self.state.get('unfinished')
+        if rest and len(rest['sums'])==n_processes() and any(isinstance(c, GradientAccumulation) for c in self.learn.cbs): self._accumulate_on(**rest)
         self.state = None
 
     def after_train(self): self.trained = not no_fit(self.learn)
     def after_epoch(self):
         if not self.trained: return                              # skipped epochs, validate(), lr_find
-        self.trained,random = False,gather_objects(random_state(self.dls))
+        self.trained,random,sums = False,gather_objects(random_state(self.dls)),gather_objects(self._sums())
         if rank_distrib(): return
-        scaler,smooth = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss
+        scaler,smooth,acc = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss,self._accumulation()
+        rest = acc and dict(count=acc.count, grads=[p.grad for p in get_model(self.model).parameters()], sums=sums)
         state = _plain(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epoch=self.epoch+1, args=self.run_args,
-                            encoder=getattr(encoder_of(self.model), 'timm_args', None), scaler=scaler.state_dict() if scaler else None, random=random, smooth_loss=(smooth.val, smooth.count)))
+                            encoder=getattr(encoder_of(self.model), 'timm_args', None), scaler=scaler.state_dict() if scaler else None, random=random, smooth_loss=(smooth.val, smooth.count), unfinished=rest))
         try:
             for age in range(self.keep_last-1, 0, -1):
-                if self.file(age-1).exists(): _link(self.file(age-1), self.file(age))
+                if self.file(age-1).exists() and self.file(age-1) not in self.damaged: _link(self.file(age-1), self.file(age))       # a damaged one would take the place of a good one
             with atomic_path(self.file()) as tmp: torch.save(state, tmp)
+            self.damaged = []
             if self.keep_every and (self.epoch+1)%self.keep_every==0: _link(self.file(), self.folder/f'checkpoint{self.epoch+1:04d}.pth')
         except (OSError,RuntimeError) as e:                      # PyTorch says of a full disk that writing failed
             whole = f"; that of epoch {self.epoch} is whole" if self.epoch else ''
-            raise OSError(f"the checkpoint of epoch {self.epoch+1} could not be written to {self.folder} ({first_line(e)}){whole}: make room or pass another folder, and resume") from e
+            raise OSError(f"the checkpoint of epoch {self.epoch+1} could not be written to {self.folder} ({first_line(e.__cause__ or e)}; {self._room()}){whole}: make room or pass another folder, and resume") from e
 
 # %% ../nbs/21_runs.ipynb #bc8b0943
 class TimeLimit(Callback):
@@ -150,7 +175,7 @@ def sigterm_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, was)
 
-# %% ../nbs/21_runs.ipynb #0333bcd8
+# %% ../nbs/21_runs.ipynb #9941270a
 class History(CSVLogger):
     "A `CSVLogger` for runs that are resumed: keeps the epochs that are done"
     order = RunCheckpoint.order+1                                # which says where the run goes on
@@ -177,4 +202,6 @@ class History(CSVLogger):
         if not ours: self.learn.logger = was
 
     def _write_line(self, log):
-        if len(log)==len(self.recorder.metric_names): super()._write_line(log)          # epochs that are skipped have nothing to say
+        if len(log)!=len(self.recorder.metric_names): return                            # epochs that are skipped have nothing to say
+        try: super()._write_line(log)
+        except OSError as e: raise OSError(f"{self.fname} could not be written ({e.strerror or e}): make room or pass another folder, and resume") from e

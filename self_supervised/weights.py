@@ -184,7 +184,7 @@ def _resampled(state, enc, wanted):
     if grid is None: return state
     return state | dict(pos_embed=resample_pos_embed(pos, grid, want.shape[1]-grid[0]*grid[1]))
 
-# %% ../nbs/08_weights.ipynb #753f59de
+# %% ../nbs/08_weights.ipynb #9a7973ab
 class _Fit:
     "Which of the tensors `state` fit a module with the tensors `wanted`"
     def __init__(self, state, wanted):
@@ -203,12 +203,13 @@ class _Fit:
         return f"{len(self.fits)} of {self.n} tensors fit; " + '; '.join(f'{len(o)} {what} ({few(o)})' for o,what in parts if o)
 
     def advice(self):
-        if not self.fits: return "the file is of another kind of network, or its names are not known here"
+        if not (self.fits or self.shapes): return "the file is of another kind of network, or its names are not known here"
         for n,(a,b) in self.shapes.items():
             if len(a)!=4 or len(b)!=4 or a[0]!=b[0]: continue
             if a[1]!=b[1]: return f"the file is for images of {a[1]} channels, the encoder for {b[1]}: build it with n_in={a[1]}"
             if n=='patch_embed.proj.weight': return f"the file has patches of {a[2]} pixels, the encoder of {b[2]}: build it with patch_size={a[2]}"
         if set(self.shapes)=={'pos_embed'}: return "the file was made for another size of images: pass resample=True"
+        if not self.fits and not (self.missing or self.extra): return "the file is of a network of the same kind and another width: build the encoder that it was made with"
         no_classifier = self.missing and all(_no_part.match(n) for n in self.missing)
         if no_classifier: return "the file has no classifier: build the encoder without one (num_classes=0)"
         return "the file is of another architecture: build the encoder that it was made with"

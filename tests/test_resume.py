@@ -1,6 +1,8 @@
 "Save, kill, resume: the same run to the last bit"
 import pytest, signal, subprocess, sys, time
 from fastai.vision.all import *
+from safetensors import SafetensorError
+from self_supervised.cli import dino_train, run_command
 from self_supervised.vision.dino import *
 from helpers import *
 
@@ -94,3 +96,41 @@ def test_a_run_ends_in_time_and_goes_on(tmp_path):
     assert 'the same command with --resume goes on' in out and 1<=n<500 and not (tmp_path/'encoder.safetensors').exists()
     subprocess.run(_command('--out', tmp_path, '--epochs', n+1, '--resume'), check=True, capture_output=True)
     assert len(pd.read_csv(tmp_path/'history.csv'))==n+1 and (tmp_path/'encoder.safetensors').exists()
+
+def _quick(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', *map(str, args)]
+
+def test_resuming_a_run_that_is_not_there_is_said(tmp_path, capsys):
+    "Else a misspelt --out looks like a run that goes on"
+    assert run_command(dino_train, _quick('--out', tmp_path/'misspelt', '--epochs', 1, '--resume', '--max-hours', 1e-6))==0
+    assert 'misspelt holds no checkpoint to resume from: starting anew' in capsys.readouterr().out
+
+def test_what_was_overwritten_is_not_resumed(tmp_path, capsys):
+    "A run that is started anew and stopped in its first epoch does not go on from the old one"
+    old = _quick('--out', tmp_path, '--saveckp-freq', 1, '--epochs')
+    assert run_command(dino_train, old+['2','--max-hours','1'])==0
+    assert len(list(tmp_path.glob('checkpoint*.pth')))==4
+    learn_fit,Learner.fit = Learner.fit,lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt())
+    try: assert run_command(dino_train, old+['2','--overwrite'])==130
+    finally: Learner.fit = learn_fit
+    assert list(tmp_path.glob('checkpoint*.pth'))==[]
+    assert run_command(dino_train, old+['2','--overwrite','--arch','nonsense'])==2
+
+def test_a_disk_that_fills_up_while_the_encoder_is_written_is_a_sentence(tmp_path, capsys, monkeypatch):
+    def full(*args): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr('self_supervised.checkpoints.save_file', full)
+    assert run_command(dino_train, _quick('--out', tmp_path, '--epochs', 1))==2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith('dino_train: ') and 'encoder.safetensors could not be written' in err and 'make room' in err
+
+@pytest.mark.parametrize('precision', ['fp32','fp16'])
+def test_a_step_that_spans_two_epochs_is_resumed(tmp_path, precision):
+    "Five batches an epoch and two a step: gradients, their count and the sum for the centre go on too"
+    def make(): return digits_learner(0, n_train=5*64, precision=precision, cbs=[GradientAccumulation(128)])
+    whole = make()
+    with quiet(whole): whole.fit_dino(3, cbs=RunCheckpoint(tmp_path/'a'))
+    killed = make()
+    with quiet(killed), pytest.raises(KeyboardInterrupt): killed.fit_dino(3, cbs=[RunCheckpoint(tmp_path/'b'), StopAfter(0)])
+    assert torch.load(tmp_path/'b'/'checkpoint.pth', weights_only=True)['unfinished']['count']==64
+    other = digits_learner(7, n_train=5*64, precision=precision, cbs=[GradientAccumulation(128)])
+    with quiet(other): other.fit_dino(3, cbs=RunCheckpoint(tmp_path/'b', resume=True))
+    for (k,a),b in zip(whole.model.state_dict().items(), other.model.state_dict().values()): assert torch.equal(a, b), k
