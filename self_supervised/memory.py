@@ -6,10 +6,11 @@
 __all__ = ['saved_bytes', 'step_memory', 'out_of_memory', 'what_saves', 'find_bs_of', 'memory_error', 'largest_batch',
            'step_fits', 'with_smaller_batches']
 
-# %% ../nbs/22_memory.ipynb #eb0752ce
+# %% ../nbs/22_memory.ipynb #466c5ada
 from fastai.vision.all import *
 from .encoders import *
 from .objectives import *
+from .features import *
 from .checkpoints import *
 
 # %% ../nbs/22_memory.ipynb #78a04398
@@ -27,13 +28,13 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
     return sum(n for n,_ in seen.values())
 
-# %% ../nbs/22_memory.ipynb #738d9503
+# %% ../nbs/22_memory.ipynb #faa15f8e
 def step_memory(
     model:nn.Module, # A `DINOModel`
     sizes:list, # Side of each view, in pixels
     bs:int, # Images in a batch
     chunked:bool=False, # Is the loss chunked?
-    precision:torch.dtype|None=None # What autocast computes with
+    precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
 )->dict: # Gigabytes: 'activations', 'logits', 'networks', 'views'
     "What a training step needs, roughly"
     enc,p = encoder_of(model, 'student'),next(model.student.parameters())
@@ -41,13 +42,13 @@ def step_memory(
     K,c,n = model.C.shape[1],channels_of(enc),len(sizes)
     views = [torch.zeros(2, c, s, s, device=p.device, dtype=p.dtype) for s in sizes]
     was = {k:v.clone() for k,v in enc.named_buffers()}
-    with random_kept(), torch.autocast(p.device.type, precision or torch.bfloat16, enabled=precision is not None): kept = saved_bytes(lambda: feats(views), model.student)
+    with random_kept(), autocast_to(precision, p.device): kept = saved_bytes(lambda: feats(views), model.student)
     for k,v in enc.named_buffers(): v.copy_(was[k])
     params = sum(p.nbytes for p in model.student.parameters())
     rows   = 3*(bs if chunked else n*bs) + 4*bs                              # logits, softmax, gradient; of the teacher logits and targets
     return {k:v/1e9 for k,v in dict(activations=kept/2*bs, logits=rows*K*max(4,p.itemsize), networks=5*params, views=bs*sum(c*s*s*4 for s in sizes)).items()}
 
-# %% ../nbs/22_memory.ipynb #785f43dd
+# %% ../nbs/22_memory.ipynb #982fd6db
 def out_of_memory(
     e:BaseException # What a step raised
 )->bool:
@@ -59,7 +60,7 @@ def what_saves(
     sizes:list, # Side of each view, in pixels
     bs:int, # Images in a batch
     chunked:bool=False, # Is the loss chunked already?
-    precision:torch.dtype|None=None # What autocast computes with
+    precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
 )->str:
     "The step that did not fit, and what would save how much"
     need = partial(step_memory, model, precision=precision)
@@ -79,16 +80,14 @@ def what_saves(
     parts = ', '.join(f"{k} {v:.2g}" for k,v in now.items())
     return f"a step of {bs} images with {views} pixels and K={K} needs about {total(now):.2g} GB ({parts}). What would save some: {saves}. bs='auto' finds the largest batch that fits"
 
-# %% ../nbs/22_memory.ipynb #ef5efaeb
+# %% ../nbs/22_memory.ipynb #1240772c
 def find_bs_of(
     dls:DataLoaders # fastai's or PyTorch's
 )->int: # Images in a training batch
     "Batch size of the training loader"
     return getattr(dls.train, 'bs', None) or dls.train.batch_size
 
-def _amp_dtype(learn):
-    amp = getattr(learn, 'mixed_precision', None)
-    return dict(bf16=torch.bfloat16, fp16=torch.float16)[amp.amp_mode.value] if amp else None
+def _precision(learn): return learn.mixed_precision.amp_mode.value if hasattr(learn, 'mixed_precision') else 'fp32'
 
 def _empty_cache(dev): getattr(getattr(torch, dev.type, None), 'empty_cache', noop)()
 
@@ -102,11 +101,11 @@ def memory_error(
     learn.xb,learn.yb,learn.pred,learn.loss,learn.loss_grad = (),(),None,None,None
     m.zero_grad()
     _empty_cache(m.C.device)
-    try: need = what_saves(m, sizes, bs, learn.dino.chunked_loss, _amp_dtype(learn))
+    try: need = what_saves(m, sizes, bs, learn.dino.chunked_loss, _precision(learn))
     except Exception: need = f"a step of {bs} images and {len(sizes)} views does not fit: pass smaller batches with GradientAccumulation, chunked_loss=True, a smaller out_dim, or grad_checkpointing=True"
     return type(e)(f"out of memory: {need}. (The device said: {said})")
 
-# %% ../nbs/22_memory.ipynb #b0bee741
+# %% ../nbs/22_memory.ipynb #728109fa
 def largest_batch(
     fits:Callable, # Number of images to whether a step with as many fits
     bs:int # The batch asked for
@@ -123,9 +122,9 @@ def step_fits(
 )->bool:
     "Does a training step of `n` images fit into memory? Nothing of it stays"
     dino,m,dev = learn.dino,get_model(learn.model),torch.device(getattr(learn.dls, 'device', None) or 'cpu')
-    dtype,was  = _amp_dtype(learn),{k:v.clone() for k,v in m.to(dev).named_buffers()}
+    was = {k:v.clone() for k,v in m.to(dev).named_buffers()}
     try:
-        with random_kept(), torch.autocast(dev.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        with random_kept(), autocast_to(_precision(learn), dev):
             views = dino.make_views(x.to(dev).expand(n, -1, -1, -1).contiguous())
             with torch.no_grad(): target = teacher_probs(m.teacher([views[i] for i in dino.large_crop_ids]), m.C, dino.tpt_end)
             loss = dino.pairs(m(views, not dino.chunked_loss), target)

@@ -29,7 +29,7 @@ def entropy(
     "Mean entropy of distributions"
     return torch.special.entr(probs).sum(-1).mean()
 
-# %% ../nbs/04_objectives.ipynb #03ebd3de
+# %% ../nbs/04_objectives.ipynb #0f86ce7d
 def _n_views(n_student, n_target, large_crop_ids):
     n_large = len(large_crop_ids)
     bs,rest = divmod(n_target, n_large)
@@ -42,10 +42,10 @@ def _n_views(n_student, n_target, large_crop_ids):
 
 def _teachers(target, ids, n_views):
     "Of each view the sum of its targets, and their number"
-    total,target = None,target.chunk(len(ids))
+    target = target.chunk(len(ids))
+    total  = sum(target[1:], target[0])
     for v in range(n_views):
         ts = [t for i,t in zip(ids, target) if i!=v]
-        if len(ts)==len(target) and total is None: total = sum(target[1:], target[0])
         yield (total if len(ts)==len(target) else sum(ts[1:], ts[0]) if ts else torch.zeros_like(target[0])),len(ts)
 
 def _view_loss(logits, targets, n, tps, probs):
@@ -62,17 +62,23 @@ class _PairLoss(torch.autograd.Function):
         probs = torch.empty_like(student if ctx.needs_input_grad[0] else views[0])
         loss  = sum(_view_loss(s, t, n, tps, p) for s,p,(t,n) in zip(views, cycle(probs.split(bs)), _teachers(target, ids, n_views)))
         ctx.save_for_backward(probs, target)
-        ctx.ids,ctx.n_views,n_pairs = ids,n_views,len(ids)*(n_views-1)
-        ctx.scale = 1/(n_pairs*bs*tps)
-        return loss/(n_pairs*bs)
+        ctx.tps,ctx.ids,ctx.n_views = tps,ids,n_views
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         probs,target = ctx.saved_tensors
-        k,out = grad*ctx.scale,torch.empty_like(probs)
+        k,out = grad/ctx.tps,torch.empty_like(probs)
         for g,p,(t,n) in zip(out.chunk(ctx.n_views), probs.chunk(ctx.n_views), _teachers(target*-k, ctx.ids, ctx.n_views)): torch.addcmul(t, p, k*n, out=g)
         return out,None,None,None,None
+
+def _mean_of_pairs(f, rows, target, tps, ids):
+    "Mean over pairs and images of what the autograd function `f` sums; `rows`: those of the student, and what else has a gradient"
+    n = _n_views(len(rows[0]), len(target), ids)
+    with _no_autocast(target):
+        rows = [_wide(o) for o in rows]
+        return f.apply(*rows, target.detach().to(rows[0].dtype), tps, tuple(ids), n)/(len(target)*(n-1))
 
 def pair_loss(
     student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
@@ -81,10 +87,7 @@ def pair_loss(
     large_crop_ids:tuple=(0,1) # Which of the student's views the targets belong to
 )->Tensor: # Scalar
     "Mean cross-entropy between the targets of the global views and all other views of the student"
-    n = _n_views(len(student), len(target), large_crop_ids)
-    with _no_autocast(student):
-        s = _wide(student)
-        return _PairLoss.apply(s, target.detach().to(s.dtype), tps, tuple(large_crop_ids), n)
+    return _mean_of_pairs(_PairLoss, [student], target, tps, large_crop_ids)
 
 def dino_loss(
     student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
@@ -97,7 +100,7 @@ def dino_loss(
     "Cross-entropy between the teacher's global views and all other views of the student (Caron et al. 2021, eq. 3)"
     return pair_loss(student, teacher_probs(teacher, center, tpt), tps, large_crop_ids)
 
-# %% ../nbs/04_objectives.ipynb #eb9bc421
+# %% ../nbs/04_objectives.ipynb #246663fb
 class _LinearPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, target, tps, ids, n_views):
@@ -112,13 +115,12 @@ class _LinearPairLoss(torch.autograd.Function):
             torch.mm(g, weight, out=grads[0][v*bs:(v+1)*bs])
             grads[1].addmm_(g.mT, f)
         ctx.save_for_backward(*grads)
-        n_pairs   = len(ids)*(n_views-1)
-        ctx.scale = 1/(n_pairs*bs*tps)
-        return loss/(n_pairs*bs)
+        ctx.tps = tps
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return *(o*(grad*ctx.scale) for o in ctx.saved_tensors),None,None,None,None
+    def backward(ctx, grad): return *(o*(grad/ctx.tps) for o in ctx.saved_tensors),None,None,None,None
 
 def linear_pair_loss(
     features:Tensor, # What the last layer multiplies, of all views, (n_crops*bs, d), crop-major
@@ -128,10 +130,7 @@ def linear_pair_loss(
     large_crop_ids:tuple=(0,1) # Which of the student's views the targets belong to
 )->Tensor: # Scalar
     "`pair_loss(features@weight.T, ...)` that holds the logits of one view at a time"
-    n = _n_views(len(features), len(target), large_crop_ids)
-    with _no_autocast(features):
-        f,w = _wide(features),_wide(weight)
-        return _LinearPairLoss.apply(f, w, target.detach().to(f.dtype), tps, tuple(large_crop_ids), n)
+    return _mean_of_pairs(_LinearPairLoss, [features,weight], target, tps, large_crop_ids)
 
 # %% ../nbs/04_objectives.ipynb #28348c6c
 def teacher_entropy(
