@@ -24,4 +24,10 @@ from .runs import *
 from .memory import *
 from .vision.core import *
 from .vision.dino import *
+from .vision.byol import *
+from .vision.moco import *
+from .vision.swav import *
+from .vision.contrast import *
+from .vision.lejepa import *
+from .vision.simdino import *
 from .plots import *

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line', 'says_what_fits', 'check_sizes',
-           'encoder_of', 'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches',
-           'attention_maps', 'vit_tokens']
+           'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line', 'says_what_fits', 'native_size',
+           'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens',
+           'whole_patches', 'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #7a1a025d
 from fastai.vision.all import *
@@ -220,7 +220,14 @@ def says_what_fits(
                              "or make the backbone with create_encoder, which asks timm for one that takes all sizes") from e
         raise
 
-# %% ../nbs/02_encoders.ipynb #69865d1a
+# %% ../nbs/02_encoders.ipynb #4bf090d9
+def native_size(
+    encoder:nn.Module # An encoder
+)->int: # Pixels
+    "A side of images that the encoder takes for certain"
+    size = nested_attr(encoder, 'patch_embed.img_size', None) or (getattr(encoder, 'pretrained_cfg', None) or {}).get('input_size', 64)
+    return size if isinstance(size, int) else size[-1]
+
 def check_sizes(
     encoder:nn.Module, # Images in, (bs, features) out
     sizes:list, # Sides of the views, in pixels, or (height, width)
@@ -241,7 +248,7 @@ def check_sizes(
                          "resnet* or efficientnet_*; sizes must be multiples of a patch") from e
     return out.shape[1]
 
-# %% ../nbs/02_encoders.ipynb #7da81692
+# %% ../nbs/02_encoders.ipynb #7e19b531
 def encoder_of(
     x:Learner|nn.Module, # A Learner, a model with `.teacher` and `.student`, `nn.Sequential(MultiCropWrapper(enc), head)`, a wrapper, or an encoder
     who:str='teacher' # Whose encoder, where there are two: 'teacher' or 'student'
@@ -250,7 +257,7 @@ def encoder_of(
     if who not in ('teacher','student'): raise ValueError(f"who={who!r}: pass 'teacher' or 'student'")
     m = get_model(x.model if isinstance(x, Learner) else x)
     if not isinstance(m, nn.Module): raise ValueError(f"{m!r} is a {type(m).__name__}: pass a Learner, a model or an encoder; create_encoder makes one from a name, load_encoder from a file")
-    m = getattr(m, who, m)
+    m = getattr(m, who, getattr(m, 'student', m))
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 

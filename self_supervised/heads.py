@@ -25,7 +25,7 @@ class WeightNormLinear(Module):
     def forward(self, x): return F.linear(x, self.weight)
     def extra_repr(self): return f'{self.n_in}, {self.n_out}, train_g={self.weight_g.requires_grad}'
 
-# %% ../nbs/03_heads.ipynb #04fb7c12
+# %% ../nbs/03_heads.ipynb #3aec17dd
 def _hidden(dims, use_bn, act):
     return [l for i,o in zip(dims, dims[1:]) for l in [nn.Linear(i,o)] + ([nn.BatchNorm1d(o)] if use_bn else []) + [act()]]
 
@@ -63,8 +63,11 @@ class DINOHead(Module):
     def forward(self,
         x:Tensor # Features (n, in_dim)
     )->Tensor: # Logits (n, out_dim)
-        x = self.rows(x)
-        with torch.autocast(x.device.type, enabled=False): return self.last_layer(x)
+        return self.last(self.rows(x))
+
+    def last(self, rows):
+        "Logits of what `rows` gave, in its precision"
+        with torch.autocast(rows.device.type, enabled=False): return self.last_layer(rows)
 
     def rows(self,
         x:Tensor # Features (n, in_dim)

@@ -105,7 +105,7 @@ def memory_error(
     except Exception: need = f"a step of {bs} images and {len(sizes)} views does not fit: pass smaller batches with GradientAccumulation, chunked_loss=True, a smaller out_dim, or grad_checkpointing=True"
     return type(e)(f"out of memory: {need}. (The device said: {said})")
 
-# %% ../nbs/22_memory.ipynb #728109fa
+# %% ../nbs/22_memory.ipynb #f019e582
 def largest_batch(
     fits:Callable, # Number of images to whether a step with as many fits
     bs:int # The batch asked for
@@ -127,7 +127,7 @@ def step_fits(
         with random_kept(), autocast_to(_precision(learn), dev):
             views = dino.make_views(x.to(dev).expand(n, -1, -1, -1).contiguous())
             with torch.no_grad(): target = teacher_probs(m.teacher([views[i] for i in dino.large_crop_ids]), m.C, dino.tpt_end)
-            loss = dino.pairs(m(views, not dino.chunked_loss), target)
+            loss = dino.pairs(m(views, False, not dino.chunked_loss), target)
         loss.backward()
         moments = [torch.empty_like(p) for p in m.student.parameters() for _ in range(2)]
         return True

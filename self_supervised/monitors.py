@@ -59,16 +59,16 @@ class KNNMonitor(Monitor):
             if ytr is None or yte is None: raise ValueError("KNNMonitor needs labels, and these DataLoaders have none: pass labelled ones, such as labelled_dls gives")
             self.number = accuracy_of(knn_classifier(ftr, ytr, fte, self.k, self.T), yte)
 
-# %% ../nbs/20_monitors.ipynb #3cdb2555
+# %% ../nbs/20_monitors.ipynb #c48f78d6
 class RankMeMonitor(Monitor):
-    "Effective rank of the teacher's features of the last images of the epoch"
+    "Effective rank of the features of the last images of the epoch"
     column = 'rankme'
     def __init__(self,
         n:int=2048 # Images
     ): self.n_images = n
     def before_train(self): self.rows = []
     def after_batch(self):
-        f = getattr(self.learn, 'teacher_feats', None)
+        f = getattr(self.learn, 'global_feats', None)
         if f is None or no_fit(self.learn): return
         self.rows.append(f[:find_bs(self.learn.yb)])             # one view of each image
         while sum(map(len, self.rows[1:]))>=self.n_images: self.rows.pop(0)

@@ -256,7 +256,7 @@ def barlow_loss(
     def standard(z): return (z-z.mean(0))/z.std(0, correction=0).clamp(min=1e-5)
     with _no_autocast(proj): return _mean_of_two(lambda a,b: two(standard(a), standard(b)), proj, n_views, large_crop_ids)
 
-# %% ../nbs/04_objectives.ipynb #230d3e30
+# %% ../nbs/04_objectives.ipynb #49b18561
 def coding_rate(
     z:Tensor, # (n, d)
     eps:float=0.5 # Precision: larger cares less for small directions
@@ -283,6 +283,38 @@ def simdino_loss(
         m,d = zs[0].shape
         return -agree - weight*(d+m)/(d*m)*sum(coding_rate(z, eps) for z in zs)/len(zs)
 
+class _EppsPulley(torch.autograd.Function):
+    "One knot at a time, by the angle sums of sine and cosine, which need both only once"
+    @staticmethod
+    def waves(x, step, knots):
+        c1,s1 = (x*step).cos(),(x*step).sin()
+        c,s   = torch.ones_like(x),torch.zeros_like(x)
+        for k in range(knots):
+            yield k,c,s
+            c,s = (c*c1).addcmul_(s, s1, value=-1),(s*c1).addcmul_(c, s1)
+
+    @staticmethod
+    def forward(ctx, x, knots, end):                             # x: (n_views, m, n_dirs)
+        t = torch.linspace(0, end, knots, dtype=x.dtype, device=x.device)
+        normal  = (-t*t/2).exp()
+        weights = normal*2*end/(knots-1)                         # trapezoids, and both halves of the line
+        weights[[0,-1]] /= 2
+        means = torch.stack([torch.stack([c.mean(1),s.mean(1)]) for _,c,s in _EppsPulley.waves(x, end/(knots-1), knots)])    # (knots, 2, n_views, n_dirs)
+        means[:,0] -= normal[:,None,None]
+        ctx.save_for_backward(x, means*(t*weights)[:,None,None,None])
+        ctx.step = end/(knots-1)
+        return x.shape[1]*(means.pow(2).sum(1).mean((1,2))@weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x,coeffs = ctx.saved_tensors
+        out = torch.zeros_like(x)
+        for k,c,s in _EppsPulley.waves(x, ctx.step, len(coeffs)):
+            a,b = coeffs[k,:,:,None]
+            out.addcmul_(s, a, value=-1).addcmul_(c, b)
+        return out*(grad*2/(x.shape[0]*x.shape[2])),None,None
+
 def sigreg(
     z:Tensor, # Projections of views, (n_views, m, d)
     dirs:Tensor, # Directions to look along, (n_dirs, d), of any length; of several processes the same
@@ -290,13 +322,7 @@ def sigreg(
     end:float=3. # Where the integral ends
 )->Tensor: # Scalar, about 1 for m draws of a standard normal distribution, and of the order of m where all rows are one
     "Epps-Pulley's distance from a standard normal distribution, mean over views and directions (SIGReg; Balestriero and LeCun 2025)"
-    t = torch.linspace(0, end, knots, dtype=z.dtype, device=z.device)
-    normal  = (-t*t/2).exp()
-    weights = torch.full_like(t, 2*end/(knots-1))                # trapezoids, and both halves of the line
-    weights[0] = weights[-1] = end/(knots-1)
-    xt  = (z@F.normalize(dirs, dim=-1).T)[...,None]*t            # (n_views, m, n_dirs, knots)
-    err = (xt.cos().mean(1)-normal).pow(2) + xt.sin().mean(1).pow(2)
-    return z.shape[1]*(err@(weights*normal)).mean()
+    return _EppsPulley.apply(z@F.normalize(dirs, dim=-1).T, knots, end)
 
 def lejepa_loss(
     proj:Tensor, # Projections of all views, (n_views*bs, d), crop-major
