@@ -31,3 +31,4 @@ from .vision.contrast import *
 from .vision.lejepa import *
 from .vision.simdino import *
 from .plots import *
+from .lab import *

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['RunFailed', 'run_command', 'dino_train', 'main']
 
-# %% ../nbs/50_cli.ipynb #8e4dc2b5
+# %% ../nbs/50_cli.ipynb #00b2962e
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')             # fastai's, at import
 from fastai.vision.all import *
 from fastcore.script import *
 from typing import Annotated
 from contextlib import nullcontext
+import inspect
 import timm.optim
 from .data import *
 from .augmentations import *
@@ -27,6 +28,7 @@ from .memory import *
 from .vision.core import *
 from .vision.dino import *
 from .plots import *
+from .lab import *
 
 # %% ../nbs/50_cli.ipynb #9dcf0822
 def _sentence(e):
@@ -60,17 +62,17 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #18ce72b6
+# %% ../nbs/50_cli.ipynb #491ab973
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
 
-_choices = dict(optimizer=_opts, precision=(None,'fp32','bf16','fp16'))
+_choices = dict(method=methods, optimizer=_opts, precision=(None,'fp32','bf16','fp16'))
 
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 _ranges = dict(epochs=(1,None), batch_size_per_gpu=(1,None), size=(1,None), grad_accumulation=(1,None), local_crops_number=(0,None), out_dim=(1,None), patch_size=(1,None),
-               lr=(0,None), min_lr=(0,None), warmup_epochs=(0,None), weight_decay=(0,None), weight_decay_end=(0,None), clip_grad=(0,None), saveckp_freq=(0,None),
+               lr=(0,None), lam=(0,1), min_lr=(0,None), warmup_epochs=(0,None), weight_decay=(0,None), weight_decay_end=(0,None), clip_grad=(0,None), saveckp_freq=(0,None),
                drop_path_rate=(0,.99), freeze_last_layer=(0,None), momentum_teacher=(0,1), warmup_teacher_temp=(1e-3,None), teacher_temp=(1e-3,None),
                warmup_teacher_temp_epochs=(0,None), global_crops_size=(1,None), local_crops_size=(1,None), num_workers=(0,None), n_in=(1,None), max_hours=(1e-6,None))
 
@@ -79,7 +81,7 @@ def _check(args, out):
         v = args[k]
         if v is None or v>=low and (high is None or v<=high) and v<math.inf: continue
         raise ValueError(f"--{k.replace('_','-')} {v}: pass {low} or more" + (f", {high} or less" if high is not None else ''))
-    for k in ('optimizer','precision'):
+    for k in _choices:
         if args[k] not in _choices[k]: raise ValueError(f"--{k} {args[k]}: pass one of {', '.join(o for o in _choices[k] if o)}")
     if args['n_in'] not in (1,3):
         raise ValueError(f"--n-in {args['n_in']}: this command opens colour images (3) or grey ones (1); for others call unlabelled_dls with an open_fn")
@@ -88,11 +90,19 @@ def _check(args, out):
     if any(out.glob('checkpoint*.pth')) and not (resume or overwrite):
         raise ValueError(f"{out} holds a run already: pass --resume to go on with it, --overwrite to start anew, or another --out")
 
+_option = dict(tmom_start='momentum-teacher', tpt_start='warmup-teacher-temp', tpt_end='teacher-temp', tpt_warmup_pct='warmup-teacher-temp-epochs', use_bn='use-bn-in-head', bs='auto-bs')
+
+def _fits_method(kind, given):
+    takes = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.create).parameters} | ({'bs'} if kind is DINO else set())
+    wrong = [f"--{_option.get(k, k.replace('_','-'))}" for k in given if k not in takes]
+    if wrong: raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; leave it out, or choose a --method that has")
+
 _may_change = ('path','labels','out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
     out:str=None, # Folder of the run (default: runs/ARCH; runs/digits for the demonstration)
+    method:str='dino', # dino; byol, moco, swav, simclr, barlowtwins; simdino; lejepa, which has no temperatures to watch and is ahead in short runs on small data
     arch:str=None, # Any timm model, or the reference's vit_tiny, vit_small, vit_base, deit_tiny, deit_small (default: vit_small; convnet_mini for the digits)
     patch_size:int=None, # Side of the patches of a ViT, in pixels; smaller is better and slower
     epochs:int=None, # Epochs (default: 100; 40 for convnet_mini on the digits)
@@ -115,10 +125,11 @@ def dino_train(
     optimizer:str='adamw', # adamw; sgd or lars for convnets
     clip_grad:float=None, # Largest norm of each parameter's gradient; .3 to 1 can help larger ViTs, 0 is off
     grad_accumulation:int=1, # Batches whose gradients are added up before a step
-    out_dim:int=None, # Prototypes (default: by the number of images, 65536 for a million). Fewer for small data
+    out_dim:int=None, # Prototypes (default: by the number of images, 65536 for a million). Fewer for small data. Width of the projections for methods without prototypes
+    lam:float=None, # Of lejepa: weight of the distance from a normal distribution (default: 3.2 over the batch, .02 to .2). More where RankMe falls
     use_bn_in_head:bool_arg=None, # BatchNorm in the head. It keeps small data from sticking at ln K
     norm_last_layer:bool_arg=None, # Keep the last layer's rows at length 1; false is a little better where training is stable
-    drop_path_rate:float=0.1, # Stochastic depth of the student
+    drop_path_rate:float=None, # Stochastic depth of the student (default: .1 for dino and simdino, else 0)
     freeze_last_layer:int=None, # Epochs that the last layer stays as drawn. Try more if the loss does not decrease
     momentum_teacher:float=None, # Momentum of the teacher at the start (default: by the number of iterations). Higher for small batches in long runs
     warmup_teacher_temp:float=None, # Temperature of the teacher at the start of its warm-up
@@ -128,7 +139,7 @@ def dino_train(
     local_crops_size:int=None, # Side of the small views (default: 96)
     global_crops_scale:Annotated[float, {'nargs':2}]=None, # Part of the image in a large view, from and to (default: .4 1); .14 1 without small ones
     local_crops_scale:Annotated[float, {'nargs':2}]=None, # Part of the image in a small view, from and to (default: .05 .4)
-    local_crops_number:int=None, # Small views (default: 4; the paper has 8)
+    local_crops_number:int=None, # Small views (default: the method's; 4 for dino, where the paper has 8)
     rot90:bool=False, # Turn views by quarter turns, for images without an up
     max_hours:float=None, # End in time: after the last epoch that leaves time for one more. The same command with --resume goes on
     compile:bool=False, # Compile the encoders: minutes at the start, faster after
@@ -137,13 +148,13 @@ def dino_train(
     auto_bs:bool=False, # Halve the batch until a step fits into memory, and accumulate to what was asked for
     sync_bn:bool_arg=None # With several processes: BatchNorm over all of them (default: on GPUs)
 ):
-    "Pretrain a backbone with DINO (Caron et al. 2021), and leave a checkpoint, the encoder, the history and pictures in a folder"
+    "Pretrain a backbone with DINO (Caron et al. 2021) or another method, and leave a checkpoint, the encoder, the history and pictures in a folder"
     args = dict(locals())
     demo = path is None
     arch   = arch or ('convnet_mini' if demo else 'vit_small')
     epochs = ifnone(epochs, 40 if demo and arch=='convnet_mini' else 100)
     size   = 16 if demo else size
-    out    = Path(out or ('runs/digits' if demo and arch=='convnet_mini' else f"runs/{'digits-' if demo else ''}{arch}"))
+    out    = Path(out or ('runs/digits' if demo and arch=='convnet_mini' and method=='dino' else f"runs/{'digits-' if demo else ''}{'' if method=='dino' else method+'-'}{arch}"))
     _check(args, out)
     n_proc,rank = max(1, num_distrib()),rank_distrib()
     if n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
@@ -154,27 +165,32 @@ def dino_train(
         if overwrite and not rank: (out/'bad_files.jsonl').unlink(missing_ok=True)
         dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, path=out, open_fn=open_rgb if n_in==3 else open_gray, cache=cache)
         labelled = labelled_dls(labels, size, bs, crop_pct=1, num_workers=num_workers, n_in=n_in) if labels else None
-    enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=drop_path_rate, **_given(patch_size=patch_size))
+    kind  = methods[method]
+    enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=ifnone(drop_path_rate, .1 if method in ('dino','simdino') else 0.), **_given(patch_size=patch_size))
     sizes = crop_sizes_for(size, enc)
-    views = _given(rot90=rot90 or None, min_scales=_pick(global_crops_scale, local_crops_scale, 0, (.5,.3) if demo else (.4,.05)),
-                   max_scales=_pick(global_crops_scale, local_crops_scale, 1, (1.,.7) if demo else (1.,.4)), n_in=None if n_in==3 else n_in,
-                   stats=None if n_in==3 else channel_stats(dls.train))
-    pipes = (get_digits_aug_pipelines if demo else get_dino_aug_pipelines)((2,ifnone(local_crops_number,4)), (global_crops_size or sizes[0], local_crops_size or sizes[1]), **views)
-    dino_kw = _given(tmom_start=momentum_teacher, tpt_start=warmup_teacher_temp, tpt_end=teacher_temp, freeze_last_layer=freeze_last_layer,
-                     tpt_warmup_pct=None if warmup_teacher_temp_epochs is None else min(1., warmup_teacher_temp_epochs/epochs))
-    if clip_grad is not None: dino_kw['clip'] = clip_grad or None
+    make  = get_digits_aug_pipelines if demo else kind.views
+    usual = {k:v.default for k,v in inspect.signature(kind.views).parameters.items()} | (dict(num_crops=(2,4), min_scales=(.5,.3), max_scales=(1.,.7)) if demo else {})
+    views = _given(rot90=rot90 or None, min_scales=_pick(global_crops_scale, local_crops_scale, 0, usual['min_scales']), max_scales=_pick(global_crops_scale, local_crops_scale, 1, usual['max_scales']),
+                   n_in=None if n_in==3 else n_in, stats=None if n_in==3 else channel_stats(dls.train))
+    pipes = make((2,ifnone(local_crops_number,usual['num_crops'][1])), (global_crops_size or sizes[0], local_crops_size or sizes[1]), **views)
+    given = _given(out_dim=out_dim, tmom_start=momentum_teacher, tpt_start=warmup_teacher_temp, tpt_end=teacher_temp, freeze_last_layer=freeze_last_layer, use_bn=use_bn_in_head, norm_last_layer=norm_last_layer, lam=lam,
+                   tpt_warmup_pct=None if warmup_teacher_temp_epochs is None else min(1., warmup_teacher_temp_epochs/epochs), chunked_loss=chunked_loss or None, bs='auto' if auto_bs else None)
+    _fits_method(kind, given)
+    if clip_grad is not None: given['clip'] = clip_grad or None
     every = max(1, epochs//20)
-    cbs   = L(KNNMonitor(labelled, min(20,len(labelled.train_ds)), every=every, who=w) for w in ('teacher','student')) if labelled else L()
+    whos  = ('teacher','student') if issubclass(kind, TeacherStudent) else ('teacher',)        # of one network both are the same
+    cbs   = L(KNNMonitor(labelled, min(20,len(labelled.train_ds)), every=every, who=w) for w in whos) if labelled else L()
     if grad_accumulation>1: cbs += GradientAccumulation(grad_accumulation*bs)
-    learn = dino_learner(dls, enc, pipes, out_dim, precision, cbs=cbs, bs='auto' if auto_bs else None, compile=compile, grad_checkpointing=grad_checkpointing, chunked_loss=chunked_loss, opt_func=_opts[optimizer], path=out, **dino_kw,
-                         **_given(use_bn=use_bn_in_head, norm_last_layer=norm_last_layer))
+    make_learner = dino_learner if method=='dino' else partial(method_learner, kind)
+    learn = make_learner(dls, enc, pipes, precision=precision, cbs=cbs, compile=compile, grad_checkpointing=grad_checkpointing, opt_func=_opts[optimizer], path=out, **given)
+    cb    = getattr(learn, method)
     untrained = deepcopy(encoder_of(learn))
     untrained.mean,untrained.std = learn.model.mean,learn.model.std          # the same images for both
     if rank: learn.remove_cb(ProgressCallback)
-    else: _save(learn.dino.show(), out/'views.png')
+    else: _save(cb.show(), out/'views.png')
     n = sum(p.numel() for p in enc.parameters())
     if not rank: print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {joint_len(len(dls.train_ds), bs, n_proc, True)} batches of {bs}"
-                       f"{f' in each of {n_proc} processes' if n_proc>1 else ''}, {len(pipes)} views, K={learn.model.C.shape[1]}, on {dls.device}")
+                       f"{f' in each of {n_proc} processes' if n_proc>1 else ''}, {len(pipes)} views, {f'K={learn.model.C.shape[1]}' if hasattr(learn.model, 'C') else kind.__name__}, on {dls.device}")
     start,cpu = time.time(),torch.device(dls.device).type=='cpu'
     keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change} | dict(images=len(dls.train_ds)))
     limit = L(TimeLimit(max_hours) if max_hours else None).filter()
@@ -183,16 +199,16 @@ def dino_train(
     if resume and not rank and not any(out.glob('checkpoint*.pth')): print(f"{out} holds no checkpoint to resume from: starting anew")
     if n_proc>1: set_seed(seed+rank)                             # the model is the first process's; crops and colours are each one's own
     with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
-        learn.fit_dino(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume)]+limit)
+        (learn.fit_dino if method=='dino' else learn.pretrain)(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume)]+limit)
     if any('The loss is not a number' in o for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
     if rank: return
     if any(o.is_up for o in limit):
         return print(f"{out}: --max-hours {max_hours:g} is up after {len(history_df(out/'history.csv'))} of {epochs} epochs; the same command with --resume goes on")
     took = time.time()-start
     export_encoder(learn, out/'encoder.safetensors')
-    _save(plot_history(out/'history.csv', math.log(learn.model.C.shape[1])), out/'history.png')
-    _picture(learn, labelled or dls, out)
-    if labelled: _table(learn, untrained, labelled, out)
+    _save(plot_history(out/'history.csv', math.log(learn.model.C.shape[1]) if hasattr(learn.model, 'C') else None), out/'history.png')
+    _picture(learn, cb, labelled or dls, out)
+    if labelled: _table(learn, {kind.__name__ + (f', {w}' if len(whos)>1 else ''): (learn,w) for w in whos}, untrained, labelled, out)
     h = history_df(out/'history.csv').iloc[-1]
     print(f"{out}: {len(history_df(out/'history.csv'))} epochs, {took:.0f} s, loss {h.train_loss:.3f}" + (f", 20-NN {100*h.knn:.1f}" if 'knn' in h else f", RankMe {h.rankme:.1f}")
           + f"; the encoder is in {out/'encoder.safetensors'}")
@@ -204,7 +220,7 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #b365c4f9
+# %% ../nbs/50_cli.ipynb #b31b727a
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
@@ -214,19 +230,19 @@ def _save(axs, file):
     with atomic_path(file) as tmp: fig.savefig(tmp, format='png', dpi=110)
     plt.close(fig)
 
-def _picture(learn, dls, out):
+def _picture(learn, cb, dls, out):
     "Attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
     batches = list(itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16))
     x = torch.cat([b[0].as_subclass(Tensor) for b in batches])
     enc = encoder_of(learn)
     if hasattr(enc, 'num_prefix_tokens') and nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.fused_attn') is not None:
-        s = learn.dino.aug_pipelines[0].size
+        s = cb.aug_pipelines[0].size
         return _save(show_attention(learn, F.interpolate(x[:6], (s,s), mode='bilinear', antialias=True)), out/'attention.png')
     f,y = extract_features(learn, batches)
     _save(show_neighbours(f, x.cpu(), np.linspace(0, len(f)-1, 8, dtype=int).tolist(), labels=y), out/'neighbours.png')
 
-def _table(learn, untrained, dls, out):
+def _table(learn, trained, untrained, dls, out):
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, dls.one_batch()[0].shape[-1])), nn.Flatten())     # 32 px at most: a classifier on more is slow, and no better
-    t = probe_table({'raw pixels': pixels, 'the same network, untrained': untrained, 'DINO, teacher': (learn,'teacher'), 'DINO, student': (learn,'student')}, dls)
+    t = probe_table({'raw pixels': pixels, 'the same network, untrained': untrained} | trained, dls)
     t.to_csv(out/'table.csv')
     print(t.to_string())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'open_image', 'opener', 'SquareCrop', 'to_unit', 'list_bad_files',
            'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls', 'unlabelled_dls', 'find_images', 'channel_stats',
-           'DigitsDataset', 'digits_dls', 'digits_path', 'labelled_dls']
+           'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'labelled_dls']
 
 # %% ../nbs/00_data.ipynb #f733f930
 from fastai.vision.all import *
@@ -340,7 +340,16 @@ def channel_stats(
     if (std<1e-6).any(): raise ValueError(f"channel {std.argmin()} is the same everywhere and cannot be normalised: leave it out in your open_fn")
     return s[0].tolist(),std.tolist()
 
-# %% ../nbs/00_data.ipynb #31802064
+# %% ../nbs/00_data.ipynb #094a9dcc
+def _memory_dls(cls, x, y, n, bs, holdout, device):
+    if holdout not in ('test','valid',None): raise ValueError(f"holdout={holdout!r}: pass 'test', 'valid' or None")
+    a,end = {'test': (n,len(x)), 'valid': (int(.8*n),n), None: (n,n)}[holdout]
+    device  = ifnone(device, default_device())
+    loaders = [TfmdDL(cls(x[:a],y[:a]), bs, shuffle=True, drop_last=True, num_workers=0, device=device),
+               TfmdDL(cls(x[a:end],y[a:end]), 256, num_workers=0, device=device)]
+    for dl in loaders: dl._n_inp,dl._types = 1,{tuple: [TensorImage,TensorCategory]}                       # as in `ReadableDL`
+    return DataLoaders(*loaders, device=device)
+
 def _digits(size):
     from sklearn.datasets import load_digits
     d = load_digits()
@@ -358,7 +367,7 @@ class DigitsDataset:
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return TensorImage(self.x[i]),TensorCategory(self.y[i])
     def decode(self, o, full=True): return o[0],Category(self.vocab[o[1]])
-    def new_empty(self): return DigitsDataset(self.x[:0], self.y[:0])
+    def new_empty(self): return type(self)(self.x[:0], self.y[:0])
 
 def digits_dls(
     size:int=16, # Side of the images, in pixels; they are upsampled from 8
@@ -367,14 +376,7 @@ def digits_dls(
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
     "The embedded digits with their labels; choose settings with `holdout='valid'`, report with 'test'"
-    if holdout not in ('test','valid',None): raise ValueError(f"holdout={holdout!r}: pass 'test', 'valid' or None")
-    x,y,n = _digits(size)
-    a,end = {'test': (n,len(x)), 'valid': (int(.8*n),n), None: (n,n)}[holdout]
-    device  = ifnone(device, default_device())
-    loaders = [TfmdDL(DigitsDataset(x[:a],y[:a]), bs, shuffle=True, drop_last=True, num_workers=0, device=device),
-               TfmdDL(DigitsDataset(x[a:end],y[a:end]), 256, num_workers=0, device=device)]
-    for dl in loaders: dl._n_inp,dl._types = 1,{tuple: [TensorImage,TensorCategory]}                       # as in `ReadableDL`
-    return DataLoaders(*loaders, device=device)
+    return _memory_dls(DigitsDataset, *_digits(size), bs, holdout, device)
 
 def digits_path(
     path:str|Path, # Folder to write to
@@ -388,6 +390,44 @@ def digits_path(
         fn.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((a*255).round().byte().numpy()).save(fn)
     return path
+
+# %% ../nbs/00_data.ipynb #f3179208
+_shapes = dict(                                                  # of coordinates, radius and the larger coordinate, in units of the shape
+    disc=lambda u,v,r,m: r<.9,                    ring=lambda u,v,r,m: (r<1)&(r>.6),          half=lambda u,v,r,m: (r<1)&(v>0),
+    square=lambda u,v,r,m: m<.8,                  frame=lambda u,v,r,m: (m<.9)&(m>.5),        triangle=lambda u,v,r,m: (v<.7)&(v>2*abs(u)-1),
+    cross=lambda u,v,r,m: (m<1)&((abs(u)<.3)|(abs(v)<.3)),                                    bar=lambda u,v,r,m: (m<1)&(abs(u)<.3),
+    corner=lambda u,v,r,m: (m<.9)&((u<-.3)|(v>.3)),                                           tee=lambda u,v,r,m: (m<.9)&((v<-.3)|(abs(u)<.3)))
+
+@functools.cache
+def _draw_shapes(size, n=4000):
+    rng  = np.random.RandomState(0)
+    y    = rng.permutation(np.arange(n)%len(_shapes))
+    a,r  = (np.radians(rng.uniform(-25, 25, n)),rng.uniform(.25, .4, n))
+    cx,cy = rng.uniform(.35, .65, (2,n))
+    grid = (np.arange(4*size)+.5)/(4*size)                       # four points a pixel, each way
+    dx,dy = (grid[None,None]-cx[:,None,None])/r[:,None,None],(grid[None,:,None]-cy[:,None,None])/r[:,None,None]
+    c,s  = np.cos(a)[:,None,None],np.sin(a)[:,None,None]
+    u,v  = c*dx+s*dy,c*dy-s*dx
+    rad,m = np.hypot(u,v),np.maximum(abs(u),abs(v))
+    mask = np.empty(u.shape, bool)
+    for k,f in enumerate(_shapes.values()): mask[y==k] = f(u[y==k], v[y==k], rad[y==k], m[y==k])
+    mask = mask.reshape(n, size, 4, size, 4).mean((2,4))
+    back,step = rng.uniform(.3, .7, (n,1,1)),rng.uniform(.25, .5, (n,1,1))*rng.choice([-1,1], (n,1,1))
+    x = np.clip(back+step*mask+rng.normal(0, .06, mask.shape), 0, 1)
+    return torch.tensor(x, dtype=torch.float32)[:,None].expand(-1,3,-1,-1).contiguous(),torch.tensor(y),int(.7*n)
+
+class ShapesDataset(DigitsDataset):
+    "Drawn shapes in memory, as `(image, label)`"
+    vocab = list(_shapes)
+
+def shapes_dls(
+    size:int=16, # Side of the images, in pixels
+    bs:int=64, # Images in a batch
+    holdout:str|None='test', # What the second loader gives: 'test', the last 1,200 of 4,000; 'valid', the last fifth of the others, which then is not trained on; None, nothing
+    device:str|torch.device|None=None # Device of the batches; default: fastai's
+)->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
+    "Ten kinds of drawn shapes with their labels; choose settings with `holdout='valid'`, report with 'test'"
+    return _memory_dls(ShapesDataset, *_draw_shapes(size), bs, holdout, device)
 
 # %% ../nbs/00_data.ipynb #735c0b31
 class _ClassOf:
