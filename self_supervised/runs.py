@@ -13,7 +13,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #18eccd64
+# %% ../nbs/21_runs.ipynb #c12f3be7
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -108,13 +108,14 @@ class RunCheckpoint(Callback):
 
     def _sums(self):
         "What the batches of this process have left for that step, beside the gradients, which are the same in all processes"
-        return {c.name: (to_cpu(c.out_sum), c.out_n) for c in self.learn.cbs if hasattr(c, 'out_sum')} if self._accumulation() else {}
+        return {c.name: {k: to_cpu(getattr(c, k)) for k in c.carried} for c in self.learn.cbs if getattr(c, 'carried', ())} if self._accumulation() else {}
 
     def _accumulate_on(self, count, grads, sums):
         first(self.learn.cbs, lambda c: isinstance(c, GradientAccumulation)).count = count
         params = list(get_model(self.model).parameters())
         for p,g in zip(params, grads): p.grad = None if g is None else g.to(p.device)
-        for k,(s,n) in sums[rank_distrib()].items(): setattr(getattr(self.learn, k), 'out_sum', to_device(s, params[0].device)); setattr(getattr(self.learn, k), 'out_n', n)
+        for name,left in sums[rank_distrib()].items():
+            for k,v in left.items(): setattr(getattr(self.learn, name), k, to_device(v, params[0].device))
 
     def before_epoch(self):
         if self.epoch<self.first_epoch: raise CancelEpochException()

@@ -142,7 +142,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #8e538947
+# %% ../../nbs/30_vision.core.ipynb #88eb47a4
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -157,6 +157,7 @@ class MultiView(Callback):
 
     defaults = staticmethod(dino_defaults)                       # of images, batch, epochs and parameters: settings of the model, the method and the fit
     views = staticmethod(get_dino_aug_pipelines)                 # the method's recipe
+    carried = ()                                                 # attributes in which batches leave something for the step that they are accumulated to
 
     @property
     def name(self): return type(self).__name__.lower()           # learn.moco, not learn.mo_co

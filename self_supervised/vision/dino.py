@@ -84,7 +84,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None)
 
-# %% ../../nbs/31_vision.dino.ipynb #37fab359
+# %% ../../nbs/31_vision.dino.ipynb #2ac451e8
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -99,7 +99,7 @@ def _switch(name, value, choices):
 
 class DINO(TeacherStudent):
     "Self-distillation with no labels (Caron et al. 2021)"
-    create = staticmethod(create_dino_model)
+    create,carried = staticmethod(create_dino_model),('out_sum','out_n')
     def __init__(self,
         aug_pipelines:list, # One callable a view, see `get_dino_aug_pipelines`
         large_crop_ids:tuple=(0,1), # Which views the teacher sees

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/33_vision.moco.ipynb #a44b3dea
+# %% ../../nbs/33_vision.moco.ipynb #bd4709b8
 @delegates(get_dino_aug_pipelines)
 def get_moco_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and of local views
@@ -47,7 +47,7 @@ def create_moco_model(
 
 class MoCo(TeacherStudent):
     "Momentum contrast, version 2 (He et al. 2020; Chen et al. 2020)"
-    create,views = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines)
+    create,views,carried = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines),('keys',)
     @delegates(TeacherStudent.__init__)
     def __init__(self,
         aug_pipelines:list, # One callable a view, see `get_moco_aug_pipelines`

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/34_vision.swav.ipynb #e27a4ac3
+# %% ../../nbs/34_vision.swav.ipynb #8f5137d3
 @delegates(get_dino_aug_pipelines)
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and of local views
@@ -58,7 +58,7 @@ def create_swav_model(
 
 class SwAV(MultiView):
     "Swapping assignments between views (Caron et al. 2020)"
-    create,views = staticmethod(create_swav_model),staticmethod(get_swav_aug_pipelines)
+    create,views,carried = staticmethod(create_swav_model),staticmethod(get_swav_aug_pipelines),('rows',)
     @delegates(MultiView.__init__)
     def __init__(self,
         aug_pipelines:list, # One callable a view, see `get_swav_aug_pipelines`

@@ -1,0 +1,79 @@
+"Every method on the one base: any backbone, saved and resumed, several processes as one"
+import pytest
+from fastai.vision.all import *
+from self_supervised.all import *
+from self_supervised.lab import methods
+from helpers import *
+from test_distributed import launch
+from test_resume import StopAfter
+
+def learner(name, arch='convnet_mini', n_train=128, seed=0, n_local=1, **kwargs):
+    set_seed(seed)
+    dls = digits_dls()
+    dls.train.n = n_train
+    kw = dict(queue=64, queue_from=0) if name=='swav' else {}
+    learn = method_learner(methods[name], dls, arch, get_digits_aug_pipelines((2,n_local)), **kw|kwargs)
+    learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, KNNMonitor)))
+    return learn
+
+@pytest.mark.parametrize('name', methods)
+@pytest.mark.parametrize('arch', ['convnet_mini','vit_mini_patch4_16'])
+def test_trains_any_backbone_and_comes_back(name, arch, tmp_path):
+    learn = learner(name, arch)
+    before,path = state(learn.model),tmp_path/'e.safetensors'
+    with quiet(learn): learn.pretrain(1)
+    assert math.isfinite(learn.recorder.values[-1][0]) and getattr(learn, name) is first(learn.cbs, lambda o: isinstance(o, methods[name]))
+    assert any(k.startswith('student.0') for k in changed(learn.model, before))
+    assert bool([k for k in changed(learn.model, before) if k.startswith('teacher.0')])==hasattr(learn.model, 'teacher')
+    export_encoder(learn, path)
+    x = torch.rand(2,3,16,16)
+    torch.testing.assert_close(load_encoder(path).eval()(x), encoder_of(learn).eval()(x))
+    learn.save(tmp_path/'whole')
+    other = learner(name, arch, seed=1).load(tmp_path/'whole')
+    assert not changed(other.model, state(learn.model))
+    with quiet(other): other.pretrain(1)
+
+@pytest.mark.parametrize('name', ['byol','moco','swav','lejepa'])
+def test_a_resumed_run_of_any_method_equals_the_uninterrupted_one(name, tmp_path):
+    def make(seed=0): return learner(name, n_train=5*64, seed=seed, cbs=GradientAccumulation(128))         # a step spans two epochs
+    with quiet(whole := make()): whole.pretrain(3)
+    with quiet(cut := make()), pytest.raises(KeyboardInterrupt): cut.pretrain(3, cbs=[RunCheckpoint(tmp_path), StopAfter(0)])
+    with quiet(again := make(5)): again.pretrain(3, cbs=RunCheckpoint(tmp_path, resume=True))
+    assert not changed(again.model, state(whole.model))
+
+def test_a_step_of_two_batches_is_one_of_their_sum_for_a_teacher():
+    "The teacher and the queue move once a real step"
+    learn = learner('moco', cbs=GradientAccumulation(128))
+    with quiet(learn): learn.pretrain(1)
+    assert int(learn.model.queue.seen)==2*128 and learn.moco.keys==[]
+
+PROCESSES = """
+from self_supervised.lab import methods
+from self_supervised.heads import mlp
+for name,kind in methods.items():
+    if name=='dino': continue                                    # has a test of its own
+    torch.manual_seed(3)
+    enc   = MultiCropWrapper(nn.Sequential(nn.Flatten(), nn.Linear(12,6), nn.GELU()))
+    head  = DINOHead(6, 7, hidden_dim=8, bottleneck_dim=5) if name=='swav' else mlp([6,8,5], use_bn=False)
+    model = dict(byol=lambda: TeacherStudentModel(nn.Sequential(enc, head), predictor=mlp([5,8,5], use_bn=False)), moco=lambda: MoCoModel(nn.Sequential(enc, head), Queue(16,5)),
+                 swav=lambda: SwAVModel(nn.Sequential(enc, head)), simdino=lambda: TeacherStudentModel(nn.Sequential(enc, head))).get(name, lambda: StudentModel(nn.Sequential(enc, head)))()
+    dls   = row_dls(26, {bs}, n_valid=4)
+    learn = Learner(dls, model.double(), loss_func=noop, cbs=kind(FixedViews()))
+    before = state(learn.model)
+    set_seed(7)
+    with learn.no_bar(), learn.no_logging():
+        if {n}>1:
+            with learn.distrib_ctx(cpu=True, sync_bn=False): learn.pretrain(2, .05, warmup_epochs=0)
+        else: learn.pretrain(2, .05, warmup_epochs=0)
+    torch.save(dict(model=state(learn.model), moved=changed(learn.model, before)), out/f'{{name}}.{n}.{{rank}}')
+"""
+
+def test_processes_train_every_method_as_one(tmp_path):
+    for n,bs in ((2,2),(1,4)): launch(tmp_path, n, PROCESSES.format(n=n, bs=bs))
+    for name in methods:
+        if name=='dino': continue
+        one,a,b = (torch.load(tmp_path/f'{name}.{o}') for o in ('1.0','2.0','2.1'))
+        assert one['moved']
+        for k,v in a['model'].items():
+            assert torch.equal(v, b['model'][k]), (name,k)       # the same in both processes
+            if not k.startswith('queue'): torch.testing.assert_close(v, one['model'][k], rtol=1e-6, atol=1e-9, msg=lambda m: f'{name} {k}: {m}')
