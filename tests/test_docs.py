@@ -26,14 +26,14 @@ def site(tmp_path_factory):
 def pages(site): return {p.relative_to(site).as_posix(): bs4.BeautifulSoup(p.read_text(encoding='utf-8'), 'html.parser') for p in site.rglob('*.html')}
 
 @pytest.fixture(scope='module')
-def notebooks(): return [docs.load(f) for f in sorted((root/'nbs').rglob('[0-9]*.ipynb'))]
+def notebooks(): return [docs.load(f) for f in docs.files() if f.suffix=='.ipynb']
 
 def page_of(nb): return str(Path(nb.path).with_suffix('.html'))
 
 def test_every_notebook_is_on_the_site_and_in_one_group(pages, notebooks):
     listed = [p for g in docs.nav(notebooks) for ps in g.values() for p in ps]
     assert sorted(listed)==sorted(nb.path for nb in notebooks) and len(listed)==len(set(listed))>25
-    assert {page_of(nb) for nb in notebooks}|{'index.html','benchmarks.html'} <= pages.keys()
+    assert {page_of(nb) for nb in notebooks}|{'benchmarks.html'} <= pages.keys()
 
 def test_every_exported_name_has_its_entry(pages, notebooks):
     for nb in notebooks:
@@ -64,12 +64,15 @@ def test_names_in_prose_lead_to_their_entries(pages):
     assert href('index.html', 'several processes')=={'distributed.html'}
     assert href('index.html', 'Learner')=={'https://docs.fast.ai/learner.html#learner'}
 
-def test_an_entry_leads_to_the_repository(monkeypatch):
+def test_an_entry_leads_to_the_repository(monkeypatch, notebooks):
     from self_supervised.objectives import dino_loss
     monkeypatch.setattr(docs, 'get_config', lambda: SimpleNamespace(git_url='https://example.org/us/it', branch='main'))
     url,line = docs.source_url(dino_loss).split('#L')
     assert url=='https://example.org/us/it/blob/main/self_supervised/objectives.py'
     assert (root/'self_supervised'/'objectives.py').read_text().splitlines()[int(line)-1].startswith('def dino_loss(')
+    for nb in notebooks:
+        for name in nb.symbols:
+            if inspect.isfunction(attrgetter(name)(nb.mod)): assert f"/{nb.mod.__name__.replace('.', '/')}.py#L" in docs.entry(name, nb.mod), name
 
 def broken(pages, site, names=None):
     "Links, pictures, scripts and styles of the pages called `names` that lead nowhere"

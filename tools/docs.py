@@ -190,9 +190,14 @@ def config(pages):
                              {'pymdownx.arithmatex': dict(generic=True)}, {'pymdownx.highlight': dict(pygments_lang_class=True)}],
         extra_css=['katex/katex.min.css','docs.css'], extra_javascript=['katex/katex.min.js','katex/contrib/auto-render.min.js','docs.js'])
 
+def files():
+    "The pages of the site in their order"
+    nbs = root/'nbs'
+    return [nbs/'index.ipynb', *sorted(nbs.glob('[0-9]*.ipynb')), *sorted((nbs/'guides').glob('[0-9]*.ipynb')), root/'benchmarks'/'results.md']
+
 def build(dest):
     "The site in the folder `dest`"
-    pages = [load(f) for f in (root/'nbs'/'index.ipynb', *sorted((root/'nbs').rglob('[0-9]*.ipynb')), root/'benchmarks'/'results.md')]
+    pages = [load(f) for f in files()]
     links = Links(pages)
     with tempfile.TemporaryDirectory() as tmp:
         docs = Path(tmp)/'docs'
