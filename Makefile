@@ -1,13 +1,15 @@
 # make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
 # make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
 # make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --device cuda" for some of it, or a GPU
+# make docs   the documentation as a site, in _site, from what the notebooks saved   make docs-serve to read it, at http://localhost:8000
+# make notebooks   after a change: the library, the notebooks' outputs and README.md anew
 # All set up .venv first, from settings.ini.
 
 FITS   = import sys; sys.exit(sys.version_info < (3,11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 BIN     = .venv/bin
 ONE     = OMP_NUM_THREADS=1
-.PHONY: demo test test-all bench docs clean
+.PHONY: demo test test-all bench docs docs-serve notebooks clean
 
 .venv/core: settings.ini setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or say where it is with make PYTHON=/path/to/python"; exit 1; }
@@ -24,6 +26,10 @@ ONE     = OMP_NUM_THREADS=1
 	$(BIN)/pip install --quiet --editable '.[bench]' || echo "lightly could not be installed: the tables will be without it"
 	@touch $@
 
+.venv/docs: .venv/core
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	@touch $@
+
 demo: .venv/core
 	$(BIN)/dino_train --overwrite $(ARGS)
 
@@ -38,8 +44,13 @@ test-all: test
 bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# exports the library, writes the notebooks' outputs anew, and README.md
-docs: .venv/dev
+docs: .venv/docs
+	$(BIN)/python tools/docs.py
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind localhost --directory _site $(or $(PORT),8000)
+
+notebooks: .venv/dev
 	$(BIN)/nbdev-export
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --save
 	$(BIN)/python tools/nbtext.py tidy nbs/*.ipynb
@@ -47,4 +58,4 @@ docs: .venv/dev
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist _site *.egg-info

@@ -59,6 +59,16 @@ def test_every_notebook_is_a_page():
         head = ''.join(cells[0]['source'])
         assert re.match(rf'# {re.escape(room(p) or "")}{"" if room(p) else ".+"}\n\n> \S', head), p.name
 
+def test_imports_stand_in_cells_of_their_own():
+    "nbdev-docs runs every cell that imports, and of the others only the exported ones"
+    for p in [root/'nbs'/'index.ipynb', *nbs]:
+        for c in json.loads(p.read_text())['cells']:
+            src = ''.join(c['source'])
+            if c['cell_type']!='code' or re.search(r'^#\| *(export|eval: *false)', src, re.M): continue
+            body = ast.parse(src).body
+            mixed = any(isinstance(n, (ast.Import,ast.ImportFrom)) for o in body for n in ast.walk(o)) and not all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in body)
+            assert not mixed, f'{p.name}: {src[:80]}'
+
 def test_readme_is_the_index_notebook():
     assert subprocess.run([sys.executable, root/'tools'/'readme.py', '--check']).returncode==0
 
