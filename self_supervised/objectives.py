@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['teacher_probs', 'entropy', 'pair_loss', 'dino_loss', 'linear_pair_loss', 'teacher_entropy', 'kl', 'update_center',
            'sinkhorn_knopp', 'mean_over_pairs', 'mse_pair_loss', 'byol_loss', 'moco_loss', 'simclr_loss', 'barlow_loss',
-           'coding_rate', 'simdino_loss', 'sigreg', 'lejepa_loss', 'koleo', 'ibot_loss', 'rankme', 'alpha_req']
+           'distill_loss', 'coding_rate', 'simdino_loss', 'sigreg', 'lejepa_loss', 'koleo', 'ibot_loss', 'rankme',
+           'alpha_req']
 
 # %% ../nbs/04_objectives.ipynb #eb681d31
 from fastai.vision.all import *
@@ -255,6 +256,23 @@ def barlow_loss(
         return (1-on).pow(2).sum() + lam*(c.pow(2).sum()-on.pow(2).sum())
     def standard(z): return (z-z.mean(0))/z.std(0, correction=0).clamp(min=1e-5)
     with _no_autocast(proj): return _mean_of_two(lambda a,b: two(standard(a), standard(b)), proj, n_views, large_crop_ids)
+
+# %% ../nbs/04_objectives.ipynb #71559771
+def distill_loss(
+    student:Tensor, # Projections of all views, (n_crops*bs, d), crop-major
+    teacher:Tensor, # Features of the teacher's views, (n_large*bs, d), crop-major
+    n_large:int=2, # Views that the teacher saw
+    loss:str='cosine' # 'cosine', one minus it; or 'mse', the mean squared difference
+)->Tensor: # Scalar
+    "Distance of the student's projections from the teacher's features, standardised over the batch; mean over all pairs of views"
+    if loss not in ('cosine','mse'): raise ValueError(f"loss={loss!r}: pass 'cosine' or 'mse'")
+    bs,rest = divmod(len(teacher), n_large)
+    if rest or not bs or len(student)%bs: raise ValueError(f"{len(student)} student rows and {len(teacher)} teacher rows for n_large={n_large}: pass (n_crops*bs, d) and (n_large*bs, d)")
+    with _no_autocast(student):
+        s,t = _wide(student),_wide(teacher).detach()
+        t = (t-t.mean(0))/(t.std(0, correction=0)+1e-6)
+        if loss=='cosine': return 1-(_unit(s).unflatten(0, (-1,bs))*_unit(t).unflatten(0, (n_large,bs)).mean(0)).sum(-1).mean()
+        return (s.unflatten(0, (-1,1,bs))-t.unflatten(0, (n_large,bs))).pow(2).mean()
 
 # %% ../nbs/04_objectives.ipynb #49b18561
 def coding_rate(

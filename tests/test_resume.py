@@ -4,6 +4,7 @@ from fastai.vision.all import *
 from safetensors import SafetensorError
 from self_supervised.cli import dino_train, run_command
 from self_supervised.vision.dino import *
+from self_supervised.vision.continued import *
 from helpers import *
 
 class StopAfter(Callback):
@@ -26,6 +27,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision, shuffle
     a,b = (torch.load(tmp_path/o/'checkpoint.pth', weights_only=True) for o in 'ab')
     assert str(a['opt'])==str(b['opt']) and a['epoch']==b['epoch']==4
     assert whole.recorder.values[-1]==other.recorder.values[-1]
+
+def test_a_continued_run_is_resumed_with_the_head_still_alone(tmp_path):
+    def make(seed): return digits_learner(seed, n_train=128)
+    def fit(learn, *cbs): learn.continue_pretrain(4, 2, cbs=list(cbs))
+    whole = make(0)
+    with quiet(whole): fit(whole, RunCheckpoint(tmp_path/'a'))
+    killed = make(0)
+    before = state(killed.model)
+    with quiet(killed), pytest.raises(KeyboardInterrupt): fit(killed, RunCheckpoint(tmp_path/'b'), StopAfter(0))
+    assert not [k for k in changed(killed.model, before) if k.startswith('student.0.') and k.endswith(('weight','bias'))]
+    other = make(7)
+    with quiet(other): fit(other, RunCheckpoint(tmp_path/'b', resume=True))
+    for (k,a),b in zip(whole.model.state_dict().items(), other.model.state_dict().values()): assert torch.equal(a, b), k
 
 def test_a_killed_process_goes_on(tmp_path):
     "The command line, killed without warning while it trains, ends where a run at one go ends"

@@ -26,6 +26,30 @@ def test_a_tiny_vit_climbs(tmp_path):
     t = table_of(tmp_path)
     assert t.loc['DINO, teacher','20-NN']>=85>70>t.loc['the same network, untrained','20-NN'] and (tmp_path/'attention.png').exists()
 
+def test_going_on_is_better_than_the_start_and_than_from_scratch(tmp_path):
+    def of(*classes):
+        def part(ds):
+            keep = torch.isin(ds.y, tensor(classes))
+            return DigitsDataset(ds.x[keep], ds.y[keep])
+        dls = digits_dls()
+        return DataLoaders(*[dl.new(part(dl.dataset)) for dl in dls], device=dls.device)
+    low,high,views = of(*range(5)),of(*range(5,10)),get_digits_aug_pipelines()
+    def fitted(dls, arch, fit):
+        learn = dino_learner(dls, arch, views)
+        with quiet(learn): fit(learn)
+        return learn
+    scores = []
+    for seed in range(3):
+        set_seed(seed)
+        file = export_encoder(fitted(low, 'convnet_mini', lambda l: l.fit_dino(20)), tmp_path/f'{seed}.safetensors', verbose=False)
+        row  = [load_encoder(file)]
+        for arch,fit in (('convnet_mini', lambda l: l.fit_dino(20)), (load_encoder(file), lambda l: l.continue_pretrain(20, lr=2e-2))):
+            set_seed(seed+10)
+            row.append(fitted(high, arch, fit))
+        scores.append([(knn_accuracy(m, high), lowshot_accuracy(m, high, 1, 20)[0]) for m in row])
+    start,scratch,continued = np.array(scores).mean(0)
+    assert (continued>=start).all() and continued[1]>=start[1]+.08 and (continued>=scratch).all(), (start, scratch, continued)
+
 @pytest.mark.parametrize('arch', ['vit_tiny_patch16_224','deit_tiny_patch16_224','deit_tiny_distilled_patch16_224','vit_small_r26_s32_224','convnext_atto','swin_tiny_patch4_window7_224','resnet18',
                                   'efficientnet_b0','xcit_nano_12_p16_224','mobilenetv3_small_100','regnety_002','densenet121','pvt_v2_b0','vgg11'])
 def test_every_family_takes_views_of_two_sizes(arch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_forward', 'StudentModel', 'TeacherStudentModel', 'Queue', 'backbone_for', 'clip_per_param',
            'no_last_layer_grads', 'MultiView', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb',
-           'TorchOptim', 'dino_opt', 'crop_sizes_for', 'method_learner']
+           'TorchOptim', 'dino_opt', 'crop_sizes_for', 'method_learner', 'fit_settings']
 
 # %% ../../nbs/30_vision.core.ipynb #95808604
 from fastai.vision.all import *
@@ -22,7 +22,7 @@ from ..distributed import *
 from ..monitors import *
 from ..memory import *
 
-# %% ../../nbs/30_vision.core.ipynb #7108b1dd
+# %% ../../nbs/30_vision.core.ipynb #bb068835
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -118,7 +118,8 @@ def backbone_for(
     "What a head is put on"
     enc = create_encoder(arch, pretrained, n_in, drop_path_rate, **kwargs)
     nf  = check_sizes(enc, [size or native_size(enc)], n_in)     # measured: Swin says embed_dim 96, and gives 768
-    stats = (enc.pretrained_cfg['mean'],enc.pretrained_cfg['std']) if pretrained and n_in==3 else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
+    own   = norm_stats(enc) if pretrained or isinstance(arch, nn.Module) else None          # what it was trained with; a timm model drawn anew was not
+    stats = own if own and len(own[0])==n_in else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return MultiCropWrapper(enc),nf,stats
 
 # %% ../../nbs/30_vision.core.ipynb #708f90c9
@@ -397,14 +398,30 @@ def method_learner(
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
-# %% ../../nbs/30_vision.core.ipynb #61b07578
+# %% ../../nbs/30_vision.core.ipynb #19df8283
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
+
+def fit_settings(
+    learn:Learner, # A learner with a method
+    n_epoch:int, # Epochs of the fit
+    cbs:list|None=None # More callbacks of that fit
+)->tuple: # The method, its settings, and batches an epoch, images a batch, processes, batches a step
+    "What a fit goes by where nothing is given: the method's defaults for a `method_learner`, else the paper's"
+    both,bs,n_proc = learn.cbs+L(cbs),find_bs_of(learn.dls),max(1,num_distrib())
+    n    = len(learn.dls.train) if n_proc==1 else joint_len(len(learn.dls.train_ds), bs, n_proc, learn.dls.train.drop_last)
+    method = first(both, lambda o: 'auto' in vars(o))            # not isinstance: a notebook that runs this cell has another MultiView than the module
+    if method is None: raise ValueError("pretrain needs a method: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
+    if n==0: raise ValueError(f"{len(learn.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
+    acc = first(both, lambda o: isinstance(o, GradientAccumulation))
+    n_acc = math.ceil(acc.n_acc/bs) if acc else 1
+    d = _paper if method.auto is None else method.defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch, total_params(encoder_of(learn))[0])
+    return method,d,(n,bs,n_proc,n_acc)
 
 @patch
 def pretrain(self:Learner,
     n_epoch:int, # Epochs
-    lr:float|None=None, # Peak learning rate for a batch of 256; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
-    lr_min:float|None=None, # End of its cosine; not scaled
+    lr:float|np.ndarray|None=None, # Peak learning rate for a batch of 256, or one for each parameter group; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
+    lr_min:float|np.ndarray|None=None, # End of its cosine; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; clamped where the run is shorter
     wd:float|tuple|None=None, # Weight decay at the start and the end
     scale_lr:bool=True, # Scale `lr` by images a step over 256?
@@ -412,14 +429,7 @@ def pretrain(self:Learner,
     cbs:list|None=None # More callbacks for this fit
 ):
     "Fit with warm-up and cosine of the learning rate, a cosine of the weight decay, and AdamW if no optimizer was chosen"
-    both,bs,n_proc = self.cbs+L(cbs),find_bs_of(self.dls),max(1,num_distrib())
-    n    = len(self.dls.train) if n_proc==1 else joint_len(len(self.dls.train_ds), bs, n_proc, self.dls.train.drop_last)
-    method = first(both, lambda o: 'auto' in vars(o))            # not isinstance: a notebook that runs this cell has another MultiView than the module
-    if method is None: raise ValueError("pretrain needs a method: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
-    if n==0: raise ValueError(f"{len(self.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
-    acc = first(both, lambda o: isinstance(o, GradientAccumulation))
-    n_acc = math.ceil(acc.n_acc/bs) if acc else 1
-    d = _paper if method.auto is None else method.defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch, total_params(encoder_of(self))[0])
+    method,d,(n,bs,n_proc,n_acc) = fit_settings(self, n_epoch, cbs)
     for k,v in (method.auto or {}).items():
         if getattr(method, k)!=v: continue                       # somebody has set it since
         setattr(method, k, d[k])
