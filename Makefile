@@ -1,6 +1,6 @@
 # make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
 # make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
-# make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --device cuda" for some of it, or a GPU
+# make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --bs 4 --device cuda" for some of it, other sizes, or a GPU
 # All set up .venv first, from settings.ini.
 
 FITS   = import sys; sys.exit(sys.version_info < (3,11))

@@ -75,7 +75,7 @@ def machine(device='cpu'):
 def _n(v): return f'{v:.0f}' if v>=1000 else f'{v:.3g}'
 def _ms(s): return f"{_n(1e3*s['median'])} ({_n(1e3*s['min'])} to {_n(1e3*s['max'])})"
 def _x(s):  return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
-def _cell(v): return '' if v is None else _n(v) if isinstance(v, float) else str(v)
+def _cell(v): return '' if v is None else _x(v) if isinstance(v, dict) else _n(v) if isinstance(v, float) else str(v)
 def _cells(r, timed, extra):
     return [r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra]
 
