@@ -1,6 +1,6 @@
 # make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
 # make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
-# make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --device cuda" for some of it, or a GPU
+# make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --bs 4 --device cuda" for some of it, other sizes, or a GPU
 # make docs   the documentation as a site, in _site, from what the notebooks saved   make docs-serve to read it, at http://localhost:8000
 # make notebooks   after a change: the library, the notebooks' outputs and README.md anew
 # All set up .venv first, from settings.ini.

@@ -1,26 +1,32 @@
-"All benchmarks, each in a process of its own: `python -m benchmarks`, or `python -m benchmarks loss ema` for some"
-import argparse, importlib, pkgutil, subprocess, sys
+"All benchmarks, each in a process of its own: `python -m benchmarks`, or `python -m benchmarks loss ema --bs 4` for some, in sizes of your own"
+import argparse, importlib, inspect, pkgutil, subprocess, sys
 from pathlib import Path
 import benchmarks
+from benchmarks.race import command
 
-def names():
-    "Modules that have rows to give"
-    found = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name!='__main__']
-    return [n for n in found if hasattr(importlib.import_module(f'benchmarks.{n}'), 'rows')]
+def found():
+    "Modules that have rows to give, and the options of each"
+    ms = {m.name: importlib.import_module(f'benchmarks.{m.name}') for m in pkgutil.iter_modules(benchmarks.__path__) if m.name!='__main__'}
+    return {n: inspect.signature(m.rows).parameters for n,m in ms.items() if hasattr(m, 'rows')}
 
 def main():
-    known = names()
-    p = argparse.ArgumentParser(prog='python -m benchmarks', description="Each has sizes of its own: python -m benchmarks.NAME --help")
+    known   = found()
+    options = {k:o for ps in known.values() for k,o in ps.items()}
+    p = argparse.ArgumentParser(prog='python -m benchmarks', description="Options go to the benchmarks that have them; what they mean says python -m benchmarks.NAME --help")
     p.add_argument('names', nargs='*', help=f"Which of {', '.join(known)}; default: all")
-    p.add_argument('--device', default='cpu', help='Where')
-    p.add_argument('--rounds', help="Rounds; default: each benchmark's own")
     p.add_argument('--out', default=str(Path(__file__).parent), help='Folder of results.md and results.json')
-    args = p.parse_args()
-    unknown = ', '.join(sorted(set(args.names)-set(known)))
+    for k,o in options.items():
+        p.add_argument(f"--{k.replace('_','-')}", default=argparse.SUPPRESS, **(dict(action='store_true') if o.annotation is bool else dict(type=o.annotation)))
+    given = vars(p.parse_args())
+    names,out = given.pop('names'),given.pop('out')
+    unknown = ', '.join(sorted(set(names)-set(known)))
     if unknown: p.error(f"no benchmark named {unknown}: choose from {', '.join(known)}")
-    opts   = ['--device', args.device, '--out', args.out] + (['--rounds', args.rounds] if args.rounds else [])
-    failed = [n for n in args.names or known if subprocess.run([sys.executable, '-m', f'benchmarks.{n}', *opts]).returncode]
+    names  = names or list(known)
+    unused = [k for k in given if not any(k in known[n] for n in names)]
+    if unused: p.error(f"{' and '.join(names)} has no --{unused[0].replace('_','-')}: see python -m benchmarks.{names[0]} --help")
+    def run(n): return subprocess.run([sys.executable, *command(n, {k:v for k,v in given.items() if k in known[n]}).split()[1:], '--out', out]).returncode
+    failed = [n for n in names if run(n)]
     if failed: sys.exit(f"these failed, see above: {', '.join(failed)}")
-    print(f"{args.out}/results.md and results.json are written")
+    print(f"{out}/results.md and results.json are written")
 
 if __name__=='__main__': main()

@@ -2,7 +2,7 @@
 
 Every module with a function `rows` is a benchmark: its arguments are the command line's, and it returns what `rows_of` makes.
 """
-import inspect, json, os, platform, re, statistics, sys, time
+import inspect, json, math, os, platform, re, statistics, sys, time
 from pathlib import Path
 import torch, timm
 from fastcore.script import anno_parser
@@ -69,12 +69,13 @@ def machine(device='cpu'):
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
     gpu = f"{torch.cuda.get_device_name(device)}, " if str(device).startswith('cuda') else ''
     kept = f"{' and '.join(STEADY)} of 4 GiB" if STEADY.keys()<=os.environ.keys() else "the system's allocator settings"
-    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}; {kept} for all contestants"
+    n    = torch.get_num_threads()
+    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {n} thread{'s'*(n!=1)}; torch {torch.__version__}, timm {timm.__version__}; {kept} for all contestants"
 
 def _n(v): return f'{v:.0f}' if v>=1000 else f'{v:.3g}'
 def _ms(s): return f"{_n(1e3*s['median'])} ({_n(1e3*s['min'])} to {_n(1e3*s['max'])})"
 def _x(s):  return f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
-def _cell(v): return '' if v is None else _n(v) if isinstance(v, float) else str(v)
+def _cell(v): return '' if v is None else _x(v) if isinstance(v, dict) else _n(v) if isinstance(v, float) else str(v)
 def _cells(r, timed, extra):
     return [r['what'], r['who']] + [_ms(r['seconds']) if 'seconds' in r else '']*timed + [_x(r['ratio']) if 'ratio' in r else ''] + [_cell(r.get(k)) for k in extra]
 
@@ -85,18 +86,38 @@ def markdown(rows)->str:
     head  = ['what','who'] + ['ms (smallest to largest)']*timed + ['its / ours'] + extra
     return '\n'.join('| '+' | '.join(r)+' |' for r in [head, ['---']*len(head), *(_cells(r, timed, extra) for r in rows)])
 
-def save(name, doc, rows, device, out):
-    "Put the rows of a benchmark into results.json, in place of its last ones, and write results.md from all"
+# How a run is measured, and not what
+MANNER = 'device','rounds','steps','profile'
+
+def chosen(
+    rows, # The function of a benchmark
+    args:dict # Its arguments
+)->dict: # Those that differ from its defaults
+    "What tells a run from the others of its benchmark"
+    return {k:args[k] for k,p in inspect.signature(rows).parameters.items() if args[k]!=p.default}
+
+def key(name, device, chosen): return ', '.join([f'{name} on {device}', *(f'{k}={v}' for k,v in chosen.items() if k not in MANNER)])
+def command(name, chosen):
+    return ' '.join([f'python -m benchmarks.{name}', *(f"--{k.replace('_','-')}{'' if v is True else f' {v}'}" for k,v in chosen.items())])
+
+def page(
+    res:dict # What results.json holds
+)->str: # What results.md is
+    "All tables, the closest races first"
+    closest = lambda v: min((r['ratio']['median'] for r in v['rows'] if 'ratio' in r and not r['who'].startswith('ours')), default=math.inf)
+    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better.\nFirst stands where somebody comes closest to ours, or is ahead.\n"
+    parts = [f"## {k}: {v['title']}\n\n`{v['command']}`; {v['machine']}.\n\n{markdown(v['rows'])}\n" for k,v in sorted(res.items(), key=lambda kv: (closest(kv[1]),kv[0]))]
+    return '\n'.join([intro, *parts])
+
+def save(name, doc, rows, device, chosen, out):
+    "Put a run into results.json, in place of the last one of the same sizes, and write results.md from all"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     file = out/'results.json'
     res  = json.loads(file.read_text()) if file.exists() else {}
-    args = re.sub(r' --out(=| )\S+', '', ' '.join(['', *sys.argv[1:]]))
-    res[f'{name} on {device}'] = dict(title=doc.strip().splitlines()[0], machine=machine(device), command=f'python -m benchmarks.{name}{args}', rows=rows)
+    res[key(name, device, chosen)] = dict(title=doc.strip().splitlines()[0], machine=machine(device), command=command(name, chosen), rows=rows)
     file.write_text(json.dumps(res, indent=1))
-    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better.\n"
-    parts = [f"## {k}: {v['title']}\n\n`{v['command']}`; {v['machine']}.\n\n{markdown(v['rows'])}\n" for k,v in res.items()]
-    (out/'results.md').write_text('\n'.join([intro, *parts]))
+    (out/'results.md').write_text(page(res))
 
 def main(
     rows, # The function of a benchmark
@@ -111,4 +132,4 @@ def main(
     if steady: steady_memory()
     rs  = rows(**{k: args[k] for k in inspect.signature(rows).parameters})
     print(f"{doc.strip().splitlines()[0]}\n{machine(args['device'])}\n\n{markdown(rs)}", flush=True)
-    save(name, doc, rs, args['device'], args['out'])
+    save(name, doc, rs, args['device'], chosen(rows, args), args['out'])

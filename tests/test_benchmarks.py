@@ -1,10 +1,11 @@
 "The benchmarks run, and compare the same arithmetic; how fast anything is is not tested"
-import importlib, json, subprocess, sys
+import importlib, inspect, json, subprocess, sys
+from pathlib import Path
 import numpy as np, pytest, torch
 from fastcore.test import test_close, test_eq
 from self_supervised.vision.dino import create_dino_model
-from benchmarks import memory, peers, plain, race, step
-from benchmarks.__main__ import names
+from benchmarks import memory, peers, plain, race, scaling, step
+from benchmarks.__main__ import found
 
 vit   = dict(arch='vit_mini_patch4_16')
 views = dict(size=16, small=8, n_small=2)
@@ -22,7 +23,7 @@ def numbers(rows):
             if isinstance(v, dict): yield from ((k,o) for o in v.values())
             elif isinstance(v, (int,float)): yield k,v
 
-def test_all_are_found(): assert {*tiny,'memory'}<=set(names()), names()
+def test_all_are_found(): assert {*tiny,'memory'}<=set(found()), list(found())
 
 @pytest.mark.parametrize('name', tiny)
 def test_runs(name):
@@ -90,10 +91,47 @@ def test_rounds_alternate_and_ratios_are_of_one_round():
     rows = race.rows_of('x', dict(ours=[1.,2.,4.], plain=[2.,6.,4.]))
     test_eq(rows[1]['ratio'], dict(median=2., min=1., max=3.))
 
+def test_growth_is_of_one_round():
+    rows = scaling.grown({('a','ours'):[1.,2.,4.], ('a','plain'):[2.,2.,2.], ('b','ours'):[4.,8.,16.], ('b','plain'):[2.,4.,8.]}, dict(a=('one',1), b=('two',2)))
+    test_eq([(r['what'],r['who'],r['ms/image'],r['growth']['median']) for r in rows], [('one','ours',2e3,1.),('one','plain',2e3,1.),('two','ours',4e3,2.),('two','plain',2e3,1.)])
+    test_eq(rows[3]['growth'], dict(median=1., min=.5, max=2.))
+    assert '1.00 (0.50 to 2.00)' in race.markdown(rows)
+
 def test_command_line(tmp_path):
-    cmd = [sys.executable, '-m', 'benchmarks.loss', '--out', str(tmp_path), '--out-dim', '16', '--rounds', '1', '--bs']
-    for bs in '12': subprocess.run([*cmd, bs], check=True, capture_output=True)
+    cmd = [sys.executable, '-m', 'benchmarks.loss', '--out', str(tmp_path), '--out-dim', '16']
+    for more in (['--bs=1','--rounds=1'],['--bs','2','--rounds','1'],['--bs','1','--rounds','2']): subprocess.run([*cmd, *more], check=True, capture_output=True)
     res = json.loads((tmp_path/'results.json').read_text())
-    test_eq(list(res), ['loss on cpu'])                          # the second run took the place of the first
-    test_eq(res['loss on cpu']['command'], 'python -m benchmarks.loss --out-dim 16 --rounds 1 --bs 2')
-    assert res['loss on cpu']['rows'][0]['what'].startswith('2 images') and race.markdown(res['loss on cpu']['rows']) in (tmp_path/'results.md').read_text()
+    test_eq(list(res), ['loss on cpu, bs=1, out_dim=16','loss on cpu, bs=2, out_dim=16'])           # the third took the place of the first
+    test_eq([v['command'] for v in res.values()], ['python -m benchmarks.loss --bs 1 --out-dim 16 --rounds 2','python -m benchmarks.loss --bs 2 --out-dim 16 --rounds 1'])
+    test_eq((tmp_path/'results.md').read_text(), race.page(res))
+    for v in res.values(): assert race.markdown(v['rows']) in race.page(res)
+
+def test_runs_of_other_sizes_stand_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(race, 'machine', lambda device: device)
+    def run(name, ratio, **told):
+        rows = importlib.import_module(f'benchmarks.{name}').rows
+        args = {k:told.get(k, p.default) for k,p in inspect.signature(rows).parameters.items()}
+        made = race.rows_of(str(told), dict(ours=[1.], plain=[ratio]))
+        race.save(name, 'A title', made, args['device'], race.chosen(rows, args), tmp_path)
+    for precision in ('fp32,bf16','fp32','bf16'): run('step', 2., precision=precision)
+    run('step', 3., precision='bf16', steps=10, rounds=1, profile=True)                                # the same, measured otherwise
+    run('step', 4., device='cuda', precision='bf16', bs=256)
+    run('views', .5, floats=True)
+    res = json.loads((tmp_path/'results.json').read_text())
+    test_eq(list(res), ['step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda, bs=256, precision=bf16','views on cpu, floats=True'])
+    test_eq(res['step on cpu, precision=bf16']['command'], 'python -m benchmarks.step --precision bf16 --steps 10 --profile --rounds 1')
+    test_eq(res['views on cpu, floats=True']['command'], 'python -m benchmarks.views --floats')
+    heads = [l.split(':')[0][3:] for l in (tmp_path/'results.md').read_text().splitlines() if l.startswith('## ')]
+    test_eq(heads, ['views on cpu, floats=True','step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda, bs=256, precision=bf16'])    # the slowest of ours first
+
+def test_all_in_one_command(tmp_path):
+    cmd = [sys.executable, '-m', 'benchmarks', '--out', str(tmp_path)]
+    subprocess.run([*cmd, 'ema', 'loss', '--bs=2', '--out-dim', '16', '--arch', 'vit_mini_patch4_16', '--rounds', '1'], check=True, capture_output=True)
+    test_eq(list(json.loads((tmp_path/'results.json').read_text())), ['ema on cpu, arch=vit_mini_patch4_16, out_dim=16','loss on cpu, bs=2, out_dim=16'])    # to each what it has
+    for wrong,said in (['emma'],'no benchmark named emma'),(['ema','--bs','2'],'ema has no --bs'),(['--sise','2'],'--sise'):
+        run = subprocess.run([*cmd, *wrong], capture_output=True, text=True)
+        assert run.returncode and said in run.stderr, run.stderr
+
+def test_the_tables_are_the_figures():
+    here = Path(race.__file__).parent
+    test_eq((here/'results.md').read_text(), race.page(json.loads((here/'results.json').read_text())))
