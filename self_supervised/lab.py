@@ -28,12 +28,12 @@ from .vision.contrast import *
 from .vision.lejepa import *
 from .vision.simdino import *
 
-# %% ../nbs/41_lab.ipynb #5ca2abef
+# %% ../nbs/41_lab.ipynb #92f363aa
 methods = {o.__name__.lower():o for o in (DINO, BYOL, MoCo, SwAV, SimCLR, BarlowTwins, SimDINO, LeJEPA)}
 
 baselines = {'raw pixels':dict(method='pixels'), 'untrained':dict(method='untrained')}
 
-_dino,_byol,_moco,_swav = dict(method='dino', lr=2e-2),dict(method='byol', lr=2e-2, tmom_start=.99),dict(method='moco', lr=1e-2, temp=.2),dict(method='swav', lr=1e-2)
+_dino,_byol,_moco,_swav = dict(method='dino', lr=2e-2),dict(method='byol', lr=2e-2, tmom_start=.99),dict(method='moco', lr=1e-2, temp=.2),dict(method='swav', lr=2e-2, temp=.025)
 variants = {                                                     # learning rate and one knob of each method were chosen on the digits' validation split
     'DINO':                          _dino,
     'LeJEPA':                        dict(method='lejepa', lr=2e-2, lam=.05),
