@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line', 'says_what_fits', 'native_size',
-           'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens',
-           'whole_patches', 'attention_maps', 'vit_tokens']
+           'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line',
+           'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size',
+           'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #7a1a025d
 from fastai.vision.all import *
@@ -145,7 +145,24 @@ def _slow_when_fused(encoder, x):
     if x.device.type!='cpu' or dtype!=torch.bfloat16 or torch.compiler.is_compiling(): return []
     return [m for m in encoder.modules() if getattr(m, 'fused_attn', False)]
 
-# %% ../nbs/02_encoders.ipynb #bb64d6c1
+# %% ../nbs/02_encoders.ipynb #371ad4ce
+@torch.compiler.disable                                          # a hook that comes and goes
+def features_and_tokens(
+    encoder:nn.Module, # A timm vision transformer
+    x:Tensor, # Images (n,C,H,W), normalised
+    mask:Tensor|None=None, # Patches to hide, bool (n,patches); None: none
+    mask_token:Tensor|None=None # What stands in their place, (1,d)
+)->tuple: # What `encoder(x)` gives, and the patch tokens behind the last norm (n,patches,d)
+    "Features of images and of their patches, with some patches hidden"
+    def hide(m, args, out): return torch.where(mask.reshape(*out.shape[:-1],1), mask_token.to(out.dtype), out)
+    hook = None if mask is None else encoder.patch_embed.register_forward_hook(hide)
+    try:
+        with _plain_attention(*_slow_when_fused(encoder, x)): tokens = encoder.forward_features(x)
+    finally:
+        if hook: hook.remove()
+    return encoder.forward_head(tokens),getattr(encoder, 'fc_norm', noop)(tokens[:,encoder.num_prefix_tokens:])
+
+# %% ../nbs/02_encoders.ipynb #8224d3ab
 class MultiCropWrapper(Module):
     "An encoder that takes a list of views, one forward for each size (Caron et al. 2020, multi-crop)"
     def __init__(self,
@@ -153,14 +170,19 @@ class MultiCropWrapper(Module):
     ): self.encoder = encoder
 
     def forward(self,
-        x:Tensor|list # Images (bs,C,H,W), or a list of views of them, of any sizes in any order
-    )->Tensor: # Features (n_views*bs, features), crop-major
+        x:Tensor|list, # Images (bs,C,H,W), or a list of views of them, of any sizes in any order
+        masks:dict|None=None, # Views whose patch tokens are wanted, all of one size: {view: patches to hide, bool (bs,patches), or None}
+        mask_token:Tensor|None=None # What stands in the place of hidden patches, (1,d)
+    )->Tensor|tuple: # Features (n_views*bs, features), crop-major; with `masks` also the tokens of those views, (len(masks)*bs, patches, d)
         if isinstance(x, Tensor): return self._encode(x)
-        sizes,outs = [v.shape[-2:] for v in x],[None]*len(x)
-        for sz in dict.fromkeys(sizes):
-            ids = [i for i,s in enumerate(sizes) if s==sz]
-            for i,o in zip(ids, self._encode(torch.cat([x[i] for i in ids])).chunk(len(ids))): outs[i] = o
-        return torch.cat(outs)
+        kinds,outs = [(v.shape[-2:], i in (masks or ())) for i,v in enumerate(x)],[None]*len(x)
+        for kind in dict.fromkeys(kinds):
+            ids = [i for i,k in enumerate(kinds) if k==kind]
+            out = torch.cat([x[i] for i in ids])
+            if kind[1]: out,tokens = features_and_tokens(self.encoder, out, None if masks[ids[0]] is None else torch.cat([masks[i] for i in ids]), mask_token)
+            else:       out = self._encode(out)
+            for i,o in zip(ids, out.chunk(len(ids))): outs[i] = o
+        return (torch.cat(outs),tokens) if masks else torch.cat(outs)
 
     def _encode(self, x):
         enc = self.encoder

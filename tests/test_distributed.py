@@ -122,3 +122,26 @@ def test_the_command_runs_under_torchrun(tmp_path):
         assert 'batches of 64 in each of 2 processes' in r.stdout and r.stdout.count('the encoder is in')==1
         assert len(pd.read_csv(tmp_path/'history.csv'))==n
     assert len(torch.load(tmp_path/'checkpoint.pth', weights_only=True)['random'])==2 and (tmp_path/'encoder.safetensors').exists() and (tmp_path/'table.csv').exists()
+
+PARTS = """
+torch.set_default_dtype(torch.float32)
+class Centres(Callback):
+    order = 99
+    def before_fit(self): self.seen = []
+    def after_batch(self):
+        if self.training: self.seen.append(self.learn.dino.parts[1].C.clone())
+learn = digits_learner(0, n_train=256, arch='vit_mini_patch4_16', path=out, parts=[KoLeo(), IBOT(head=32)], cbs=[GradientAccumulation(128), (c:=Centres())])
+learn.remove_cbs(learn.cbs.filter(lambda o: o.name=='knn_monitor'))
+set_seed(rank)
+with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit_dino(2)
+torch.save((learn.model.state_dict(), torch.stack(c.seen), learn.recorder.values), out/f'parts.{rank}')
+"""
+
+def test_parts_stay_in_step(tmp_path):
+    "Masks differ between processes, weights and centres do not; the patches' centre moves once a real step"
+    launch(tmp_path, 2, PARTS)
+    (a,ca,va),(b,cb,vb) = (torch.load(tmp_path/f'parts.{r}', weights_only=False) for r in (0,1))
+    moved = [k for k,v in a.items() if 'running' not in k and not torch.equal(v, b[k])]
+    assert moved==[] and torch.equal(ca, cb) and a['parts.1.mask_token'].abs().max()>0
+    assert [torch.equal(x, y) for x,y in zip(ca, ca[1:])]==[False,True,False]
+    np.testing.assert_allclose([v for v in va[-1][:1]+va[-1][2:-1]], [v for v in vb[-1][:1]+vb[-1][2:-1]], rtol=1e-5)

@@ -4,6 +4,7 @@ from fastai.vision.all import *
 from safetensors import SafetensorError
 from self_supervised.cli import dino_train, run_command
 from self_supervised.vision.dino import *
+from self_supervised.vision.parts import *
 from self_supervised.vision.continued import *
 from helpers import *
 
@@ -39,6 +40,17 @@ def test_a_continued_run_is_resumed_with_the_head_still_alone(tmp_path):
     assert not [k for k in changed(killed.model, before) if k.startswith('student.0.') and k.endswith(('weight','bias'))]
     other = make(7)
     with quiet(other): fit(other, RunCheckpoint(tmp_path/'b', resume=True))
+    for (k,a),b in zip(whole.model.state_dict().items(), other.model.state_dict().values()): assert torch.equal(a, b), k
+
+def test_parts_are_resumed_within_a_step(tmp_path):
+    "Masks, mask token, patch head and its centre go on, from the middle of an accumulated step"
+    def fit(seed, name, *cbs, resume=False):
+        learn = digits_learner(seed, n_train=192, arch='vit_mini_patch4_16', parts=[KoLeo(), IBOT(head=32)], cbs=GradientAccumulation(128))
+        with quiet(learn): learn.fit_dino(2, warmup_epochs=1, cbs=[RunCheckpoint(tmp_path/name, resume=resume), *cbs])
+        return learn
+    whole = fit(0, 'a')
+    with pytest.raises(KeyboardInterrupt): fit(0, 'b', StopAfter(0))
+    other = fit(7, 'b', resume=True)                             # after 3 batches, with steps of 2
     for (k,a),b in zip(whole.model.state_dict().items(), other.model.state_dict().values()): assert torch.equal(a, b), k
 
 def test_a_killed_process_goes_on(tmp_path):

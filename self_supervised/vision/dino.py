@@ -34,37 +34,43 @@ _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', '
          'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size',
          'clip_per_param', 'dino_opt', 'crop_sizes_for', 'native_size']
 
-# %% ../../nbs/31_vision.dino.ipynb #e27ccaf5
+# %% ../../nbs/31_vision.dino.ipynb #0b1e6222
 class DINOModel(TeacherStudentModel):
     "Student, teacher and centre in one module, so that saving, loading and `lr_find` treat them as one"
     def __init__(self,
         student:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), DINOHead(...))`
         teacher:nn.Module|None=None, # The same shape; its weights are replaced by the student's. Default: a copy of the student
         stats:tuple|None=None, # Mean and deviation of the channels; `DINO` sets them to those of its pipelines
-        predictor:nn.Module|None=None # Between the student's bottleneck and its prototypes, (n, bottleneck_dim) to the same
+        predictor:nn.Module|None=None, # Between the student's bottleneck and its prototypes, (n, bottleneck_dim) to the same
+        parts:list=() # More terms of the loss, such as `KoLeo` and `IBOT`; the model takes copies of them
     ):
         super().__init__(student, teacher, stats, predictor)
         K,p = _n_out(student),next(student.parameters())
         self.register_buffer('C', torch.zeros(1, K, dtype=p.dtype if p.itemsize>=4 else torch.float32, device=p.device))
+        self.parts = nn.ModuleList(deepcopy(o).attach(self) for o in parts)
+        if sum(hasattr(o, 'mask_token') for o in self.parts)>1: raise ValueError("two of the parts hide patches from the student: pass one of them")
 
     def forward(self,
         x:Tensor|list, # Images, or a list of views
         feats:bool=False, # Give (features, output)?
-        logits:bool=True # False: what the last layer of the student's head is about to multiply
-    )->Tensor|tuple: # (n_views*bs, K), crop-major; or (n_views*bs, bottleneck_dim)
-        if logits and self.predictor is None: return StudentModel.forward(self, x, feats)
-        f    = self.student[:-1](x)
-        rows = self.student[-1].rows(f)
-        if self.predictor is not None: rows = unit_norm(self.predictor(rows).to(rows.dtype))
-        out  = self.student[-1].last(rows) if logits else rows
-        return (f,out) if feats else out
+        logits:bool=True, # False: what the last layer of the student's head is about to multiply
+        masks:dict|None=None # Views whose patch tokens are wanted, and the patches to hide, see `MultiCropWrapper`
+    )->Tensor|tuple: # (n_views*bs, K), crop-major; or (n_views*bs, bottleneck_dim); with `feats` and `masks` (features, output, tokens)
+        if masks is None and logits and self.predictor is None: return StudentModel.forward(self, x, feats)
+        f,*tokens = (self.student[:-1](x),) if masks is None else self.student[0](x, masks, first(self.parts, lambda o: hasattr(o, 'mask_token')).mask_token)
+        if logits and self.predictor is None: out = self.student[-1](f)
+        else:
+            rows = self.student[-1].rows(f)
+            if self.predictor is not None: rows = unit_norm(self.predictor(rows).to(rows.dtype))
+            out  = self.student[-1].last(rows) if logits else rows
+        return (f,out,*tokens) if feats else out
 
 def _n_out(m):
     n = [getattr(o, 'n_out', getattr(o, 'out_features', None)) for o in m.modules() if hasattr(o,'n_out') or hasattr(o,'out_features')]
     if not n: raise ValueError("cannot tell the number of prototypes: let the student end in a DINOHead or in a layer with out_features")
     return n[-1]
 
-# %% ../../nbs/31_vision.dino.ipynb #e33b121b
+# %% ../../nbs/31_vision.dino.ipynb #5040fa94
 @delegates(DINOHead.__init__, keep=True)
 def create_dino_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
@@ -74,6 +80,7 @@ def create_dino_model(
     n_in:int=3, # Channels of the images
     size:int|None=None, # Side of the images that the head's input is measured with; default: the encoder's own
     predictor:bool=False, # Give the student a predictor in front of its prototypes, as BYOL has one?
+    parts:list=(), # More terms of the loss, such as `KoLeo` and `IBOT`
     **kwargs # For `DINOHead`: use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim, act; others go to `create_encoder`
 )->DINOModel: # Student and teacher with the same weights
     "Encoder and head, twice"
@@ -82,9 +89,9 @@ def create_dino_model(
     head = DINOHead(nf, out_dim, **{k:v for k,v in kwargs.items() if k in names})
     d    = head.bottleneck_dim
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
-    return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None)
+    return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/31_vision.dino.ipynb #2ac451e8
+# %% ../../nbs/31_vision.dino.ipynb #77533e12
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -99,7 +106,7 @@ def _switch(name, value, choices):
 
 class DINO(TeacherStudent):
     "Self-distillation with no labels (Caron et al. 2021)"
-    create,carried = staticmethod(create_dino_model),('out_sum','out_n')
+    create,carried = staticmethod(create_dino_model),('out_sum','out_n','part_sums')
     def __init__(self,
         aug_pipelines:list, # One callable a view, see `get_dino_aug_pipelines`
         large_crop_ids:tuple=(0,1), # Which views the teacher sees
@@ -133,30 +140,59 @@ class DINO(TeacherStudent):
         last = self.nets.student[-1] if isinstance(self.nets.student, nn.Sequential) else self.nets.student
         if self.chunked_loss and not (hasattr(last, 'rows') and hasattr(last, 'last_layer')):
             raise ValueError(f"chunked_loss=True needs a student that ends in a DINOHead, and this one ends in a {type(last).__name__}: pass chunked_loss=False")
-        set_metrics(self.learn, teacher_entropy=self.mean_entropy, kl=self.mean_kl)
+        self.means = {}
+        set_metrics(self.learn, teacher_entropy=self.mean_entropy, kl=self.mean_kl, **{p.name: partial(self.mean_of, p.name) for p in self.parts})
         self._forget()
     def mean_entropy(self): return (self.learn.view_stats or {}).get('entropy')
     def mean_kl(self):      return (self.learn.view_stats or {}).get('kl')
+    def mean_of(self, name): return self.means.get(name)
 
-    def _forget(self): self.out_sum,self.out_n = 0.,0
+    @property
+    def parts(self): return getattr(self.nets, 'parts', ())
+    @property
+    def followers(self): return super().followers + [o for p in self.parts for o in p.followers]
+
+    def _forget(self):
+        self.out_sum,self.out_n = 0.,0
+        for p in self.parts: p.forget()
+    @property
+    def part_sums(self): return [{k: getattr(p, k) for k in p.carried} for p in self.parts]
+    @part_sums.setter
+    def part_sums(self, sums):
+        for p,left in zip(self.parts, sums):
+            for k,v in left.items(): setattr(p, k, v)
     def _check_model(self):
         if not hasattr(self.nets, 'C'): raise ValueError(f"the model is a {type(self.nets).__name__} without student, teacher and centre: make one with create_dino_model or DINOModel")
 
-    def inputs(self, views): return (False,False) if self.chunked_loss else ()
+    def inputs(self, views):
+        if not self.parts: return (False,False) if self.chunked_loss else ()
+        masks = first((p.masks([views[i] for i in self.large_crop_ids]) for p in self.parts), lambda m: m is not None)
+        self.seen = AttrDict(masks=masks)
+        return True,not self.chunked_loss,None if masks is None else dict(zip(self.large_crop_ids, masks.chunk(len(self.large_crop_ids))))
+    def answer(self, views):
+        if not self.parts or self.seen.masks is None: return super().answer(views)
+        feats,self.seen.teacher_tokens = self.nets.teacher[0](views, dict.fromkeys(range(len(views))))
+        return feats,self.nets.teacher[-1](feats)
+    def after_pred(self):
+        if not self.parts or self.aside: return super().after_pred()
+        self.seen.feats,self.learn.pred,*tokens = self.pred
+        if tokens: self.seen.tokens = tokens[0]
+
     def targets(self, views):
         outs = super().targets(views)
         if self.training:
             for out in outs[0]: self.out_sum,self.out_n = self.out_sum + (out if out.itemsize>=4 else out.float()).sum(0, keepdim=True),self.out_n + len(out)
         return outs
 
+    def target_of(self, logits, center): return _switch('target', self.target, dino_targets)(logits, center, self.tpt)
     def lf(self, pred, *yb):
-        target = _switch('target', self.target, dino_targets)(torch.cat(yb[0]), self.nets.C, self.tpt)
-        loss = self.pairs(pred, target)
+        target = self.target_of(torch.cat(yb[0]), self.nets.C)
+        loss,terms = self.pairs(pred, target),[p(self) for p in self.parts]
         if self.training:
             bs = find_bs(yb)
-            self.sums = self.sums + bs*torch.stack([loss.detach(), entropy(target)])     # on the device: no waiting for it
+            self.sums = self.sums + bs*torch.stack([loss.detach(), entropy(target), *(t.detach() for t in terms)])     # on the device: no waiting for it
             self.n_seen += bs
-        return loss
+        return sum((p.weight*t for p,t in zip(self.parts, terms)), loss)
 
     def pairs(self, pred, target):
         if not self.chunked_loss: return _switch('loss', self.loss, dino_losses)(pred, target, self.tps, self.large_crop_ids)
@@ -168,14 +204,18 @@ class DINO(TeacherStudent):
     def after_train(self):
         super().after_train()
         if not self.n_seen: return
-        loss,entropy = (sum_processes(self.sums)/(self.n_seen*n_processes())).tolist()
+        loss,entropy,*terms = (sum_processes(self.sums)/(self.n_seen*n_processes())).tolist()
+        self.means = {p.name: t for p,t in zip(self.parts, terms)}
         self.learn.view_stats = dict(loss=loss, entropy=entropy, kl=loss-entropy, ln_k=math.log(self.nets.C.shape[1]))
 
     def before_step(self):
         super().before_step()
-        if self.epoch<self.freeze_last_layer: no_last_layer_grads(self.nets.student)
+        if self.epoch<self.freeze_last_layer:
+            for net in (self.nets.student,*self.parts): no_last_layer_grads(net)
     def after_step(self):
-        if not self.skipped: self.nets.C.copy_(update_center(self.nets.C, sum_processes(self.out_sum)/(self.out_n*n_processes()), self.cmom))
+        if not self.skipped:
+            self.nets.C.copy_(update_center(self.nets.C, sum_processes(self.out_sum)/(self.out_n*n_processes()), self.cmom))
+            for p in self.parts: p.after_step(self)
         super().after_step()
         self._forget()
 
