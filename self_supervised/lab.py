@@ -6,7 +6,7 @@
 __all__ = ['methods', 'baselines', 'variants', 'data_sets', 'measure', 'run_variant', 'read_runs', 'ablate', 'ablation_table',
            'plot_ablation']
 
-# %% ../nbs/41_lab.ipynb #c5fece17
+# %% ../nbs/41_lab.ipynb #ae9d3025
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from .data import *
@@ -27,8 +27,9 @@ from .vision.swav import *
 from .vision.contrast import *
 from .vision.lejepa import *
 from .vision.simdino import *
+from .vision.parts import *
 
-# %% ../nbs/41_lab.ipynb #92f363aa
+# %% ../nbs/41_lab.ipynb #17c9d796
 methods = {o.__name__.lower():o for o in (DINO, BYOL, MoCo, SwAV, SimCLR, BarlowTwins, SimDINO, LeJEPA)}
 
 baselines = {'raw pixels':dict(method='pixels'), 'untrained':dict(method='untrained')}
@@ -51,6 +52,7 @@ variants = {                                                     # learning rate
     'no centering':                  _dino | dict(target='none'),
     'no sharpening':                 _dino | dict(tpt_start=1., tpt_end=1.),
     'MSE':                           _dino | dict(loss='mse'),
+    'with KoLeo':                    _dino | dict(parts=[KoLeo()]),
     'with predictor':                _dino | dict(predictor=True),
     'no multi-crop':                 _dino | dict(num_crops=(2,0)),
     'teacher: copy of the student':  _dino | dict(teacher='copy'),
@@ -108,8 +110,8 @@ def run_variant(
         out |= {pre+k:v for k,v in measure(learn, dls, who).items()}
     return out
 
-# %% ../nbs/41_lab.ipynb #ffb247a3
-def _plain(o): return {k:_plain(v) for k,v in o.items()} if isinstance(o, dict) else list(o) if isinstance(o, tuple) else o if isinstance(o, (int,float,str,list,type(None))) else getattr(o, '__name__', str(o))
+# %% ../nbs/41_lab.ipynb #676b82ee
+def _plain(o): return {k:_plain(v) for k,v in o.items()} if isinstance(o, dict) else [_plain(v) for v in o] if isinstance(o, (tuple,list)) else o if isinstance(o, (int,float,str,type(None))) else getattr(o, '__name__', str(o))
 
 def read_runs(
     out:str|Path # Folder of an ablation
