@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #a2e3ae39
+# %% ../nbs/07_checkpoints.ipynb #31648ae3
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -89,6 +89,7 @@ def _from_run(file, who):
     try: run = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{file} is no checkpoint that can be read safely ({first_line(e)}); {_foreign}") from e
     if not isinstance(run, dict) or not {'model','epoch'}<=set(run) or not isinstance(run['model'], dict) or not all(isinstance(k, str) for k in run['model']): raise ValueError(f"{file} is no checkpoint of a run: pass a file that export_encoder or RunCheckpoint wrote; {_foreign}")
+    if not any(k.startswith('teacher.') for k in run['model']): who = 'student'              # a method without a teacher
     state = {k.split('.0.encoder.',1)[1]:v for k,v in run['model'].items() if k.startswith(f'{who}.0.encoder.')}
     if not state: raise ValueError(f"{file} holds no {who}: it has {', '.join(sorted({k.split('.')[0] for k in run['model']}))}")
     return state, {k:v for k,v in dict(args=run.get('encoder'), mean=run['model'].get('mean'), std=run['model'].get('std')).items() if v is not None}

@@ -62,7 +62,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #491ab973
+# %% ../nbs/50_cli.ipynb #7b125686
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -172,7 +172,7 @@ def dino_train(
     usual = {k:v.default for k,v in inspect.signature(kind.views).parameters.items()} | (dict(num_crops=(2,4), min_scales=(.5,.3), max_scales=(1.,.7)) if demo else {})
     views = _given(rot90=rot90 or None, min_scales=_pick(global_crops_scale, local_crops_scale, 0, usual['min_scales']), max_scales=_pick(global_crops_scale, local_crops_scale, 1, usual['max_scales']),
                    n_in=None if n_in==3 else n_in, stats=None if n_in==3 else channel_stats(dls.train))
-    pipes = make((2,ifnone(local_crops_number,usual['num_crops'][1])), (global_crops_size or sizes[0], local_crops_size or sizes[1]), **views)
+    pipes = make(num_crops=(2,ifnone(local_crops_number,usual['num_crops'][1])), crop_sizes=(global_crops_size or sizes[0], local_crops_size or sizes[1]), **views)
     given = _given(out_dim=out_dim, tmom_start=momentum_teacher, tpt_start=warmup_teacher_temp, tpt_end=teacher_temp, freeze_last_layer=freeze_last_layer, use_bn=use_bn_in_head, norm_last_layer=norm_last_layer, lam=lam,
                    tpt_warmup_pct=None if warmup_teacher_temp_epochs is None else min(1., warmup_teacher_temp_epochs/epochs), chunked_loss=chunked_loss or None, bs='auto' if auto_bs else None)
     _fits_method(kind, given)
@@ -214,13 +214,14 @@ def dino_train(
           + f"; the encoder is in {out/'encoder.safetensors'}")
 
 dino_train.when_stopped = "; the same command with --resume goes on behind the last epoch that was done"
-dino_train.when_full = ("pass --auto-bs, which finds the batch that fits, --grad-checkpointing, --chunked-loss or --precision bf16, or lower --local-crops-number, --global-crops-size or --out-dim")
+dino_train.when_full = ("pass --grad-checkpointing or --precision bf16; for dino also --auto-bs, which finds the batch that fits, and --chunked-loss; or lower --batch-size-per-gpu "
+                        "(--grad-accumulation makes up for it), --local-crops-number, --global-crops-size or --out-dim")
 
 def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #b31b727a
+# %% ../nbs/50_cli.ipynb #b4dc1ded
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
@@ -242,7 +243,6 @@ def _picture(learn, cb, dls, out):
     _save(show_neighbours(f, x.cpu(), np.linspace(0, len(f)-1, 8, dtype=int).tolist(), labels=y), out/'neighbours.png')
 
 def _table(learn, trained, untrained, dls, out):
-    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(min(32, dls.one_batch()[0].shape[-1])), nn.Flatten())     # 32 px at most: a classifier on more is slow, and no better
-    t = probe_table({'raw pixels': pixels, 'the same network, untrained': untrained} | trained, dls)
+    t = probe_table({'raw pixels': raw_pixels(dls), 'the same network, untrained': untrained} | trained, dls)
     t.to_csv(out/'table.csv')
     print(t.to_string())

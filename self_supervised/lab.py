@@ -6,7 +6,7 @@
 __all__ = ['methods', 'baselines', 'variants', 'data_sets', 'measure', 'run_variant', 'read_runs', 'ablate', 'ablation_table',
            'plot_ablation']
 
-# %% ../nbs/41_lab.ipynb #ae9d3025
+# %% ../nbs/41_lab.ipynb #41814be6
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from .data import *
@@ -18,6 +18,7 @@ from .checkpoints import *
 from .evaluation.knn import *
 from .evaluation.linear import *
 from .evaluation.lowshot import *
+from .evaluation.table import *
 from .monitors import *
 from .vision.core import *
 from .vision.dino import *
@@ -29,12 +30,12 @@ from .vision.lejepa import *
 from .vision.simdino import *
 from .vision.parts import *
 
-# %% ../nbs/41_lab.ipynb #17c9d796
+# %% ../nbs/41_lab.ipynb #afc25530
 methods = {o.__name__.lower():o for o in (DINO, BYOL, MoCo, SwAV, SimCLR, BarlowTwins, SimDINO, LeJEPA)}
 
 baselines = {'raw pixels':dict(method='pixels'), 'untrained':dict(method='untrained')}
 
-_dino,_byol,_moco,_swav = dict(method='dino', lr=2e-2),dict(method='byol', lr=2e-2, tmom_start=.99),dict(method='moco', lr=1e-2, temp=.2),dict(method='swav', lr=2e-2, temp=.025)
+_dino,_byol,_moco,_swav = dict(method='dino', lr=2e-2),dict(method='byol', lr=2e-2, tmom_start=.99),dict(method='moco', lr=1e-2, temp=.2, tmom_end=.99),dict(method='swav', lr=2e-2, temp=.025)
 variants = {                                                     # learning rate and one knob of each method were chosen on the digits' validation split
     'DINO':                          _dino,
     'LeJEPA':                        dict(method='lejepa', lr=2e-2, lam=.05),
@@ -68,7 +69,7 @@ variants = {                                                     # learning rate
 
 data_sets = dict(digits=digits_dls, shapes=shapes_dls)
 
-# %% ../nbs/41_lab.ipynb #edb1b7c6
+# %% ../nbs/41_lab.ipynb #e271e62d
 _fit = ('lr','lr_min','warmup_epochs','wd')
 
 def measure(
@@ -96,7 +97,7 @@ def run_variant(
     if name not in [*methods,'pixels','untrained']: raise ValueError(f"method {name!r}: pass {', '.join(map(repr, methods))}, 'pixels' or 'untrained'")
     set_seed(seed)
     for dl in dls.loaders: dl.rng = random.Random(seed)          # the order of the images, whatever ran before
-    if name=='pixels':    return measure(nn.Flatten(), dls)
+    if name=='pixels':    return measure(raw_pixels(dls), dls)
     if name=='untrained': return measure(create_encoder(arch), dls)
     fit   = {k:kw.pop(k) for k in _fit if k in kw}
     start = time.time()
@@ -110,7 +111,7 @@ def run_variant(
         out |= {pre+k:v for k,v in measure(learn, dls, who).items()}
     return out
 
-# %% ../nbs/41_lab.ipynb #676b82ee
+# %% ../nbs/41_lab.ipynb #659e1ae4
 def _plain(o): return {k:_plain(v) for k,v in o.items()} if isinstance(o, dict) else [_plain(v) for v in o] if isinstance(o, (tuple,list)) else o if isinstance(o, (int,float,str,type(None))) else getattr(o, '__name__', str(o))
 
 def read_runs(
@@ -135,6 +136,7 @@ def ablate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if chosen is None: chosen = baselines | variants
+    if data not in data_sets and holdout!='test': raise ValueError(f"holdout={holdout!r} is for the embedded sets: to choose settings on {data}, pass a folder of its own in which the test images are others")
     same  = dict(data=str(data), holdout=holdout, arch=arch, epochs=epochs, bs=bs)
     dls,pipes = (data_sets[data](bs=bs, holdout=holdout),get_digits_aug_pipelines) if data in data_sets else _folder(data, bs, arch)
     todo  = [(n,s) for s in seeds for n in chosen]

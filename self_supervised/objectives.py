@@ -257,12 +257,13 @@ def barlow_loss(
     def standard(z): return (z-z.mean(0))/z.std(0, correction=0).clamp(min=1e-5)
     with _no_autocast(proj): return _mean_of_two(lambda a,b: two(standard(a), standard(b)), proj, n_views, large_crop_ids)
 
-# %% ../nbs/04_objectives.ipynb #71559771
+# %% ../nbs/04_objectives.ipynb #c46cb04e
 def distill_loss(
     student:Tensor, # Projections of all views, (n_crops*bs, d), crop-major
     teacher:Tensor, # Features of the teacher's views, (n_large*bs, d), crop-major
     n_large:int=2, # Views that the teacher saw
-    loss:str='cosine' # 'cosine', one minus it; or 'mse', the mean squared difference
+    loss:str='cosine', # 'cosine', one minus it; or 'mse', the mean squared difference
+    gather:Callable=noop # Gives the rows of all processes, as `gather_rows` does
 )->Tensor: # Scalar
     "Distance of the student's projections from the teacher's features, standardised over the batch; mean over all pairs of views"
     if loss not in ('cosine','mse'): raise ValueError(f"loss={loss!r}: pass 'cosine' or 'mse'")
@@ -270,7 +271,8 @@ def distill_loss(
     if rest or not bs or len(student)%bs: raise ValueError(f"{len(student)} student rows and {len(teacher)} teacher rows for n_large={n_large}: pass (n_crops*bs, d) and (n_large*bs, d)")
     with _no_autocast(student):
         s,t = _wide(student),_wide(teacher).detach()
-        t = (t-t.mean(0))/(t.std(0, correction=0)+1e-6)
+        whole = gather(t)
+        t = (t-whole.mean(0))/(whole.std(0, correction=0)+1e-6)
         if loss=='cosine': return 1-(_unit(s).unflatten(0, (-1,bs))*_unit(t).unflatten(0, (n_large,bs)).mean(0)).sum(-1).mean()
         return (s.unflatten(0, (-1,1,bs))-t.unflatten(0, (n_large,bs))).pow(2).mean()
 

@@ -2,6 +2,7 @@
 import pytest
 from fastai.vision.all import *
 from self_supervised.all import *
+from self_supervised.cli import dino_train, run_command
 from self_supervised.lab import methods
 from helpers import *
 from test_distributed import launch
@@ -55,9 +56,9 @@ for name,kind in methods.items():
     enc   = MultiCropWrapper(nn.Sequential(nn.Flatten(), nn.Linear(12,6), nn.GELU()))
     head  = DINOHead(6, 7, hidden_dim=8, bottleneck_dim=5) if name in ('swav','dino') else mlp([6,8,5], use_bn=False)
     model = dict(dino=lambda: DINOModel(nn.Sequential(enc, head)), byol=lambda: TeacherStudentModel(nn.Sequential(enc, head), predictor=mlp([5,8,5], use_bn=False)), moco=lambda: MoCoModel(nn.Sequential(enc, head), Queue(16,5)),
-                 swav=lambda: SwAVModel(nn.Sequential(enc, head)), simdino=lambda: TeacherStudentModel(nn.Sequential(enc, head))).get(name, lambda: StudentModel(nn.Sequential(enc, head)))()
+                 swav=lambda: SwAVModel(nn.Sequential(enc, head), [Queue(8,5), Queue(8,5)]), simdino=lambda: TeacherStudentModel(nn.Sequential(enc, head))).get(name, lambda: StudentModel(nn.Sequential(enc, head)))()
     dls   = row_dls(26, {bs}, n_valid=4)
-    learn = Learner(dls, model.double(), loss_func=noop, cbs=kind(FixedViews(), **({{'target':'sinkhorn'}} if name=='dino' else {{}})))
+    learn = Learner(dls, model.double(), loss_func=noop, cbs=kind(FixedViews(), **({{'target':'sinkhorn'}} if name=='dino' else {{'queue_from':0}} if name=='swav' else {{}})))
     before = state(learn.model)
     set_seed(7)
     with learn.no_bar(), learn.no_logging():
@@ -75,3 +76,35 @@ def test_processes_train_every_method_as_one(tmp_path):
         for k,v in a['model'].items():
             assert torch.equal(v, b['model'][k]), (name,k)       # the same in both processes
             if not k.startswith('queue'): torch.testing.assert_close(v, one['model'][k], rtol=1e-6, atol=1e-9, msg=lambda m: f'{name} {k}: {m}')
+
+@pytest.mark.parametrize('name', methods)
+def test_the_command_trains_with_every_method(name, tmp_path, capsys):
+    folder = digits_path(tmp_path/'digits')/'test'/'0'
+    args = ['--path', str(folder), '--method', name, '--arch', 'convnet_mini', '--size', '16', '--epochs', '1', '--batch-size-per-gpu', '16', '--num-workers', '0', '--local-crops-number', '1']
+    assert run_command(dino_train, args+['--out', str(tmp_path/'out')])==0, capsys.readouterr().err
+    a,b = (load_encoder(tmp_path/'out'/o).eval()(torch.ones(1,3,16,16)) for o in ('encoder.safetensors','checkpoint.pth'))
+    torch.testing.assert_close(a, b)
+    assert run_command(dino_train, args+['--n-in', '1', '--out', str(tmp_path/'grey')])==0, capsys.readouterr().err
+    if name!='dino':
+        assert run_command(dino_train, args+['--teacher-temp', '.04', '--out', str(tmp_path/'no')])==2
+        assert '--teacher-temp' in capsys.readouterr().err
+
+def test_a_model_that_lacks_what_the_method_needs_is_said():
+    dls,pipes = digits_dls(),get_digits_aug_pipelines((2,0))
+    for make,model,lacks in ((byol_learner, create_simdino_model('convnet_mini', 8), 'predictor'), (moco_learner, create_byol_model('convnet_mini', 8), 'queue'), (swav_learner, create_lejepa_model('convnet_mini', 8), 'queues')):
+        with pytest.raises(ValueError, match=f'no {lacks}'): make(dls, model, pipes).pretrain(1)
+    with pytest.raises(ValueError, match='n_large=3'): swav_learner(dls, 'convnet_mini', get_digits_aug_pipelines((3,0)), large_crop_ids=(0,1,2), queue=16).pretrain(1)
+    with pytest.raises(ValueError, match='count from 0'): DINO(pipes, large_crop_ids=(0,-1))
+
+def test_settings_follow_what_a_loss_sees_and_what_a_step_sees():
+    learn = learner('lejepa', cbs=GradientAccumulation(256))
+    with quiet(learn): learn.pretrain(1)
+    assert learn.lejepa.lam==.05                                 # of 64 images, not of 256
+    learn = learner('moco', tmom_start=.999)
+    with quiet(learn): learn.pretrain(1)
+    assert learn.moco.tmom==.999
+    learn = learner('lejepa')
+    with quiet(learn):
+        learn.continue_pretrain(2)
+        learn.pretrain(1)
+    assert [h['wd'] for h in learn.opt.hypers]==[0.,.05]*4       # biases and norms are not decayed

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/32_vision.byol.ipynb #863e9038
+# %% ../../nbs/32_vision.byol.ipynb #21cc037f
 @delegates(get_dino_aug_pipelines)
 def get_byol_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and of local views
@@ -24,6 +24,7 @@ def get_byol_aug_pipelines(
     "The views of BYOL (Grill et al. 2020, appendix B)"
     return get_dino_aug_pipelines(num_crops, min_scales=min_scales, **kwargs)
 
+@delegates(backbone_for, keep=True)
 def create_byol_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=256, # Width of projections
@@ -36,11 +37,11 @@ def create_byol_model(
 
 class BYOL(TeacherStudent):
     "Bootstrap your own latent (Grill et al. 2020)"
-    create,views = staticmethod(create_byol_model),staticmethod(get_byol_aug_pipelines)
+    create,views,needs = staticmethod(create_byol_model),staticmethod(get_byol_aug_pipelines),('student','teacher','predictor')
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        d = dino_defaults(n_images, bs, epochs, n_params)
-        return AttrDict(merge(d, dict(out_dim=64, hidden_dim=512) if n_images<20_000 else dict(out_dim=256, hidden_dim=4096)))
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
+        return AttrDict(merge(d, dict(out_dim=64, hidden_dim=512) if n_images<20_000 else dict(out_dim=256, hidden_dim=4096, wd=(.05,.05))))
     def lf(self, pred, *yb): return byol_loss(pred, torch.cat(yb[0]), self.large_crop_ids)
 
 @delegates(method_learner)

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..evaluation.finetune import *
 from .core import *
 
-# %% ../../nbs/42_vision.continued.ipynb #8e33e30d
+# %% ../../nbs/42_vision.continued.ipynb #c421b1e6
 def layer_splitter(
     model:nn.Module # A model with a student, or an encoder
 )->L: # [no decay, decay] of each layer of the student's encoder, from the first on, and of what is above; trainable parameters only
@@ -24,6 +24,8 @@ def layer_splitter(
     layers = layer_groups(enc) + L([[p for p in net.parameters() if id(p) not in inside]])
     return L([p for p in layer if id(p) in kind] for layer in layers for kind in kinds)
 
+layer_splitter.paired = True                                    # each layer is two groups, [no decay, decay]
+
 def layer_scales(
     n_groups:int, # Groups that `layer_splitter` gave
     decay:float=.75 # Factor of the learning rate from a layer to the one below it
@@ -31,7 +33,7 @@ def layer_scales(
     "Layer-wise decay of the learning rate (Clark et al. 2020)"
     return np.repeat(decay**np.arange(n_groups//2-1, -1, -1.), 2)
 
-# %% ../../nbs/42_vision.continued.ipynb #3aa3510d
+# %% ../../nbs/42_vision.continued.ipynb #d614845f
 class HeadFirst(Callback):
     "In the first epochs the steps leave the encoder as it is, and what is above it learns alone"
     order,run_valid = MixedPrecision.order+1,False
@@ -61,9 +63,7 @@ def continue_pretrain(self:Learner,
     d = fit_settings(self, n_epoch, cbs)[1]
     if self.splitter is not layer_splitter: self.splitter,self.opt = layer_splitter,None
     scales = layer_scales(len(layer_splitter(self.model)), decay)
-    wd     = ifnone(wd, d.wd)
-    wds    = [np.tile([0.,o], len(scales)//2) for o in (wd if isinstance(wd, (tuple,list)) else (wd,wd))]
-    self.pretrain(n_epoch, ifnone(lr, d.lr)*scales, ifnone(lr_min, d.lr_min)*scales, ifnone(warmup_epochs, head_epochs+d.warmup_epochs), wds, scale_lr, start_epoch, L(HeadFirst(head_epochs))+L(cbs))
+    self.pretrain(n_epoch, ifnone(lr, d.lr)*scales, ifnone(lr_min, d.lr_min)*scales, ifnone(warmup_epochs, head_epochs+d.warmup_epochs), ifnone(wd, d.wd), scale_lr, start_epoch, L(HeadFirst(head_epochs))+L(cbs))
 
 # %% ../../nbs/42_vision.continued.ipynb #82b9e72d
 def _adaptable(attn):

@@ -15,7 +15,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/35_vision.contrast.ipynb #c94ae6d1
+# %% ../../nbs/35_vision.contrast.ipynb #04fdfafe
 @delegates(get_dino_aug_pipelines)
 def get_simclr_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and of local views
@@ -35,6 +35,7 @@ def get_barlow_aug_pipelines(
     "The views of Barlow Twins, which are those of BYOL (Zbontar et al. 2021, section 2.2)"
     return get_dino_aug_pipelines(num_crops, min_scales=min_scales, **kwargs)
 
+@delegates(backbone_for, keep=True)
 def create_simclr_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=128, # Width of projections
@@ -45,6 +46,7 @@ def create_simclr_model(
     enc,nf,stats = backbone_for(arch, **kwargs)
     return StudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,out_dim], last_bn=True)), stats=stats)
 
+@delegates(backbone_for, keep=True)
 def create_barlow_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=8192, # Width of projections; wide is good
@@ -67,8 +69,8 @@ class SimCLR(MultiView):
         super().__init__(aug_pipelines, **kwargs)
         self.temp = temp
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        return AttrDict(merge(dino_defaults(n_images, bs, epochs, n_params), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=128, hidden_dim=2048), dict(temp=.1 if bs>=1024 else .2)))
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=128, hidden_dim=2048, wd=(.05,.05)), dict(temp=.1 if bs>=1024 else .2)))
     def lf(self, proj, *yb): return simclr_loss(joint_rows(proj, self.n_views), self.n_views, self.temp, self.large_crop_ids)
 
 class BarlowTwins(MultiView):
@@ -83,8 +85,8 @@ class BarlowTwins(MultiView):
         super().__init__(aug_pipelines, **kwargs)
         self.lam = lam
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        return AttrDict(merge(dino_defaults(n_images, bs, epochs, n_params), dict(out_dim=256, hidden_dim=256) if n_images<20_000 else dict(out_dim=8192, hidden_dim=8192), dict(lam=.0051)))
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=256, hidden_dim=256) if n_images<20_000 else dict(out_dim=8192, hidden_dim=8192, wd=(.05,.05)), dict(lam=.0051)))
     def lf(self, proj, *yb): return barlow_loss(joint_rows(proj, self.n_views), self.n_views, self.lam, self.large_crop_ids)
 
 @delegates(method_learner)

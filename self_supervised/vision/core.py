@@ -22,7 +22,7 @@ from ..distributed import *
 from ..monitors import *
 from ..memory import *
 
-# %% ../../nbs/30_vision.core.ipynb #0ce2befb
+# %% ../../nbs/30_vision.core.ipynb #315aea5a
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -95,6 +95,7 @@ class Part(Module):
     weight,followers,carried = 1.,(),()                          # of the term; pairs of networks whose first follows the second as the teacher does its student; attributes as a method's are `carried`
     @property
     def name(self): return type(self).__name__.lower()           # its column in the table
+    def extra_repr(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if isinstance(v, (int,float,str,tuple)) and k not in ('training',*self.carried) and not k.startswith('_'))
     def attach(self, model):                                     # once, when the model is made; here it looks at what it goes with, and makes its weights
         return self
     def masks(self, views):                                      # patches that the student is not to see in the global views, bool (len(views)*bs, patches); None: no tokens are wanted
@@ -159,7 +160,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #88eb47a4
+# %% ../../nbs/30_vision.core.ipynb #e13b4bea
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -168,11 +169,13 @@ class MultiView(Callback):
         large_crop_ids:tuple=(0,1), # Which of them are global: seen by a teacher, or paired with all others
         clip:float|None=None # Largest norm of each parameter's gradient; None: off
     ):
-        self.aug_pipelines,self.large_crop_ids,self.clip,self.old_lf = aug_pipelines,tuple(large_crop_ids),clip,None
+        self.aug_pipelines,self.large_crop_ids,self.clip,self.old_lf = aug_pipelines,tuple(sorted(set(large_crop_ids))),clip,None
         self.auto = None                                         # settings that `pretrain` chooses, with the values that it gave them
-        if max(self.large_crop_ids)>=len(aug_pipelines): raise ValueError(f"large_crop_ids={self.large_crop_ids} but only {len(aug_pipelines)} pipelines: ids count from 0")
+        if max(self.large_crop_ids)>=len(aug_pipelines) or self.large_crop_ids[0]<0: raise ValueError(f"large_crop_ids={self.large_crop_ids} but only {len(aug_pipelines)} pipelines: ids count from 0")
 
-    defaults = staticmethod(dino_defaults)                       # of images, batch, epochs and parameters: settings of the model, the method and the fit
+    @staticmethod
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):  # settings of the model, the method and the fit; `bs`: images that a loss sees together, `n_acc`: batches to a step
+        return dino_defaults(n_images, bs*n_acc, epochs, n_params)
     views = staticmethod(get_dino_aug_pipelines)                 # the method's recipe
     carried = ()                                                 # attributes in which batches leave something for the step that they are accumulated to
 
@@ -195,7 +198,7 @@ class MultiView(Callback):
         self._check_model()
         stats = getattr(self.aug_pipelines, 'stats', None) or stats_of(self.aug_pipelines)
         if stats is not None: self.nets.set_stats(*stats)
-        self.learn.global_feats,self.learn.view_stats = None,None
+        self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
             self.learn.recorder.train_metrics,self.learn.recorder.valid_metrics = True,False    # else the table holds None, which TensorBoard refuses
 
@@ -211,9 +214,10 @@ class MultiView(Callback):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf
         self.learn.global_feats = None
 
+    needs = ('student',)                                         # what the model must have
     def _check_model(self):
-        if not hasattr(self.nets, 'student'):
-            raise ValueError(f"the model is a {type(self.nets).__name__} without a student: make one with {self.create.__name__}, or the learner with {type(self).__name__.lower()}_learner")
+        lacks = [o for o in self.needs if getattr(self.nets, o, None) is None]
+        if lacks: raise ValueError(f"{type(self).__name__} needs a model with {', '.join(self.needs)}, and this {type(self.nets).__name__} has no {' and no '.join(lacks)}: make it with {self.create.__name__}, or the learner with {self.name}_learner")
 
     def _check_dls(self):
         for dl in self.dls:
@@ -244,6 +248,7 @@ class MultiView(Callback):
         feats,self.learn.pred = self.pred
         if feats is not None: self.learn.global_feats = torch.cat([feats.detach().chunk(self.n_views)[i] for i in self.large_crop_ids]).float()
 
+    def after_cancel_step(self): self.skipped = True             # after_step still comes
     def before_step(self):
         if self.clip is not None: clip_per_param([p for p in self.nets.parameters() if p.requires_grad], self.clip)
 
@@ -254,7 +259,7 @@ class MultiView(Callback):
         "The views of a batch of training images, without touching the run"
         with random_kept(): return show_views(peek(self.dls, n, shuffle=True)[0], self.aug_pipelines, n, **kwargs)
 
-# %% ../../nbs/30_vision.core.ipynb #467c9f42
+# %% ../../nbs/30_vision.core.ipynb #70547e2f
 @torch.no_grad()
 def ema_update(
     teacher:nn.Module, # Moves
@@ -269,11 +274,12 @@ _moves = dict(momentum='after_step', copy='after_step', previous_iter='before_st
 
 class TeacherStudent(MultiView):
     "A teacher that sees the global views and follows the student by a moving average"
+    needs = ('student','teacher')
     def __init__(self,
         aug_pipelines:list, # One callable a view, global ones among them
         large_crop_ids:tuple=(0,1), # Which views the teacher sees
         tmom_start:float=0.996, # Momentum of the teacher at the start
-        tmom_end:float=1., # ... and at the end
+        tmom_end:float|None=1., # ... and at the end; None: as at the start
         tmom_sched:Callable=SchedCos, # ... and in between, by the iteration
         teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
         clip:float|None=None # Largest norm of each parameter's gradient; None: off
@@ -283,15 +289,7 @@ class TeacherStudent(MultiView):
         if teacher not in _moves: raise ValueError(f"teacher={teacher!r}: pass {', '.join(map(repr, _moves))}")
 
     @property
-    def tmom(self): return self.tmom_sched(self.tmom_start, self.tmom_end)(self.pct_train)
-
-    def before_fit(self):
-        super().before_fit()
-        self.skipped = False
-
-    def _check_model(self):
-        if not all(hasattr(self.nets, o) for o in ('student','teacher')):
-            raise ValueError(f"the model is a {type(self.nets).__name__} without student and teacher: make one with {self.create.__name__}, or the learner with {type(self).__name__.lower()}_learner")
+    def tmom(self): return self.tmom_sched(self.tmom_start, ifnone(self.tmom_end, self.tmom_start))(self.pct_train)
 
     def inputs(self, views): return ()
     def targets(self, views):
@@ -308,7 +306,6 @@ class TeacherStudent(MultiView):
     def before_step(self):
         super().before_step()
         self._move('before_step')
-    def after_cancel_step(self): self.skipped = True             # after_step still comes
     def after_step(self):
         if not self.skipped: self._move('after_step')
         self.skipped = False
@@ -418,7 +415,7 @@ def method_learner(
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
-# %% ../../nbs/30_vision.core.ipynb #19df8283
+# %% ../../nbs/30_vision.core.ipynb #afe778f4
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -434,7 +431,7 @@ def fit_settings(
     if n==0: raise ValueError(f"{len(learn.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
     acc = first(both, lambda o: isinstance(o, GradientAccumulation))
     n_acc = math.ceil(acc.n_acc/bs) if acc else 1
-    d = _paper if method.auto is None else method.defaults(n*bs*n_proc, bs*n_proc*n_acc, n_epoch, total_params(encoder_of(learn))[0])
+    d = _paper if method.auto is None else method.defaults(n*bs*n_proc, bs*n_proc, n_epoch, total_params(encoder_of(learn))[0], n_acc)
     return method,d,(n,bs,n_proc,n_acc)
 
 @patch
@@ -460,7 +457,8 @@ def pretrain(self:Learner,
     if scale_lr: lr = scaled_lr(lr, bs, n_proc, n_acc)
     if self.opt_func is Adam and self.splitter is trainable_params: self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
     wd = wd if isinstance(wd, (tuple,list)) else (wd,wd)
-    scheds = dict(lr=lr_sched(lr, lr_min, n*n_epoch, round(warmup*n)), wd=wd_sched(*wd) if self.splitter is dino_splitter else SchedCos(*wd))
+    if self.splitter is dino_splitter or getattr(self.splitter, 'paired', False): wd = [np.tile([0.,o], len(self.splitter(get_model(self.model)))//2) for o in wd]       # [no decay, decay]
+    scheds = dict(lr=lr_sched(lr, lr_min, n*n_epoch, round(warmup*n)), wd=SchedCos(*wd))
     logger = self.logger
     try: self.fit(n_epoch, lr, cbs=L(ParamScheduler(scheds))+L(cbs), start_epoch=start_epoch)
     finally:                                                     # Ctrl-C and errors end a fit without after_fit

@@ -34,7 +34,7 @@ _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', '
          'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size',
          'clip_per_param', 'dino_opt', 'crop_sizes_for', 'native_size']
 
-# %% ../../nbs/31_vision.dino.ipynb #0b1e6222
+# %% ../../nbs/31_vision.dino.ipynb #5cbf5c32
 class DINOModel(TeacherStudentModel):
     "Student, teacher and centre in one module, so that saving, loading and `lr_find` treat them as one"
     def __init__(self,
@@ -44,6 +44,7 @@ class DINOModel(TeacherStudentModel):
         predictor:nn.Module|None=None, # Between the student's bottleneck and its prototypes, (n, bottleneck_dim) to the same
         parts:list=() # More terms of the loss, such as `KoLeo` and `IBOT`; the model takes copies of them
     ):
+        if predictor is not None and not (isinstance(student, nn.Sequential) and hasattr(student[-1], 'rows')): raise ValueError("a predictor needs a student nn.Sequential(encoder, DINOHead)")
         super().__init__(student, teacher, stats, predictor)
         K,p = _n_out(student),next(student.parameters())
         self.register_buffer('C', torch.zeros(1, K, dtype=p.dtype if p.itemsize>=4 else torch.float32, device=p.device))
@@ -91,7 +92,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/31_vision.dino.ipynb #77533e12
+# %% ../../nbs/31_vision.dino.ipynb #a1784319
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -106,7 +107,7 @@ def _switch(name, value, choices):
 
 class DINO(TeacherStudent):
     "Self-distillation with no labels (Caron et al. 2021)"
-    create,carried = staticmethod(create_dino_model),('out_sum','out_n','part_sums')
+    create,carried,needs = staticmethod(create_dino_model),('out_sum','out_n','part_sums'),('student','teacher','C')
     def __init__(self,
         aug_pipelines:list, # One callable a view, see `get_dino_aug_pipelines`
         large_crop_ids:tuple=(0,1), # Which views the teacher sees
@@ -161,9 +162,6 @@ class DINO(TeacherStudent):
     def part_sums(self, sums):
         for p,left in zip(self.parts, sums):
             for k,v in left.items(): setattr(p, k, v)
-    def _check_model(self):
-        if not hasattr(self.nets, 'C'): raise ValueError(f"the model is a {type(self.nets).__name__} without student, teacher and centre: make one with create_dino_model or DINOModel")
-
     def inputs(self, views):
         if not self.parts: return (False,False) if self.chunked_loss else ()
         masks = first((p.masks([views[i] for i in self.large_crop_ids]) for p in self.parts), lambda m: m is not None)
@@ -178,6 +176,7 @@ class DINO(TeacherStudent):
         self.seen.feats,self.learn.pred,*tokens = self.pred
         if tokens: self.seen.tokens = tokens[0]
 
+    def after_batch(self): self.seen = None                      # the tokens of a batch do not outlive it
     def targets(self, views):
         outs = super().targets(views)
         if self.training:

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['create_distill_model', 'Distill', 'distill_learner']
 
-# %% ../../nbs/39_vision.distill.ipynb #234cc9f2
+# %% ../../nbs/39_vision.distill.ipynb #10b4dfbe
 from fastai.vision.all import *
 from ..encoders import *
 from ..objectives import *
 from ..schedules import *
 from ..features import *
 from ..checkpoints import *
+from ..distributed import *
 from .core import *
 
-# %% ../../nbs/39_vision.distill.ipynb #cd6eeab8
+# %% ../../nbs/39_vision.distill.ipynb #b5ac2452
+@delegates(backbone_for, keep=True)
 def create_distill_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int, # Features of the teacher
@@ -36,6 +38,7 @@ class Distill(MultiView):
         **kwargs
     ):
         super().__init__(aug_pipelines, **kwargs)
+        if loss not in ('cosine','mse'): raise ValueError(f"loss={loss!r}: pass 'cosine' or 'mse'")
         store_attr('teacher,loss')
         self.teacher_stats = teacher_stats or norm_stats(teacher)
 
@@ -50,7 +53,7 @@ class Distill(MultiView):
         if self.teacher_stats is not None: views = [(v-col(self.teacher_stats[0]))/col(self.teacher_stats[1]) for v in views]
         return (MultiCropWrapper(self.teacher)(views).chunk(len(views)),)
 
-    def lf(self, pred, *yb): return distill_loss(pred, torch.cat(yb[0]), len(yb[0]), self.loss)
+    def lf(self, pred, *yb): return distill_loss(pred, torch.cat(yb[0]), len(yb[0]), self.loss, gather_rows)
 
 @delegates(method_learner)
 def distill_learner(

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/36_vision.lejepa.ipynb #c97f352d
+# %% ../../nbs/36_vision.lejepa.ipynb #31cde55f
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and of local views
@@ -25,6 +25,7 @@ def get_lejepa_aug_pipelines(
     "The views of LeJEPA: the same colours for all (Balestriero and LeCun 2025)"
     return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, max_scales=max_scales, blur_p=.5, solarize_p=.2), kwargs))
 
+@delegates(backbone_for, keep=True)
 def create_lejepa_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=128, # Width of projections
@@ -49,8 +50,8 @@ class LeJEPA(MultiView):
         store_attr('lam,n_dirs')
 
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        d = dino_defaults(n_images, bs, epochs, n_params)
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
         return AttrDict(merge(d, dict(lam=min(.2, max(.02, 3.2/bs)), wd=(.05,.05), lr_min=d.lr/1000), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=128, hidden_dim=2048)))
 
     def lf(self, proj, *yb):

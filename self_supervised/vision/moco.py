@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/33_vision.moco.ipynb #bd4709b8
+# %% ../../nbs/33_vision.moco.ipynb #8fd14bd4
 @delegates(get_dino_aug_pipelines)
 def get_moco_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and of local views
@@ -22,7 +22,7 @@ def get_moco_aug_pipelines(
     **kwargs
 )->AugPipelines: # One `View` for each view, global ones first
     "The views of MoCo v2 (Chen et al. 2020)"
-    return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, blur_p=.5, solarize_p=0., saturation=.4), kwargs))
+    return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, blur_p=.5, solarize_p=0.), dict(saturation=.4) if kwargs.get('n_in', 3)==3 else {}, kwargs))
 
 class MoCoModel(TeacherStudentModel):
     "Student, teacher and a queue of earlier keys"
@@ -34,6 +34,7 @@ class MoCoModel(TeacherStudentModel):
         super().__init__(student, **kwargs)
         self.queue = queue
 
+@delegates(backbone_for, keep=True)
 def create_moco_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=128, # Width of projections
@@ -47,22 +48,23 @@ def create_moco_model(
 
 class MoCo(TeacherStudent):
     "Momentum contrast, version 2 (He et al. 2020; Chen et al. 2020)"
-    create,views,carried = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines),('keys',)
+    create,views,carried,needs = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines),('keys',),('student','teacher','queue')
     @delegates(TeacherStudent.__init__)
     def __init__(self,
         aug_pipelines:list, # One callable a view, see `get_moco_aug_pipelines`
         temp:float=0.2, # Temperature
         tmom_start:float=0.999, # Momentum of the teacher at the start
-        tmom_end:float=0.999, # ... and at the end
+        tmom_end:float|None=None, # ... and at the end; default: as at the start
         **kwargs
     ):
         super().__init__(aug_pipelines, tmom_start=tmom_start, tmom_end=tmom_end, **kwargs)
         self.temp = temp
 
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        d = dino_defaults(n_images, bs, epochs, n_params)
-        return AttrDict(merge(d, dict(tmom_end=max(.99, d.tmom_start)), dict(out_dim=64, hidden_dim=256, queue=max(1,n_images//2)) if n_images<20_000 else dict(out_dim=128, hidden_dim=2048, queue=min(65536,n_images//2))))
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
+        if n_images<20_000: return AttrDict(merge(d, dict(out_dim=64, hidden_dim=256, queue=max(1,n_images//2))))
+        return AttrDict(merge(d, dict(out_dim=128, hidden_dim=2048, queue=min(65536,n_images//2), tmom_start=.999, wd=(.05,.05))))
 
     def before_fit(self):
         super().before_fit()

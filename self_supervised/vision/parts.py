@@ -13,12 +13,16 @@ from ..objectives import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/38_vision.parts.ipynb #972dc75e
+# %% ../../nbs/38_vision.parts.ipynb #ca07c2c6
 class KoLeo(Part):
     "Spreads the features of a batch over the sphere, before the head (Sablayrolles et al. 2019; Oquab et al. 2024)"
     def __init__(self,
         weight:float=0.1 # Of the term, which is the sum over the global views
     ): self.weight = weight
+
+    def attach(self, model):
+        if not (isinstance(model.student, nn.Sequential) and len(model.student)>1): raise ValueError("KoLeo needs the features before the head: pass a student nn.Sequential(encoder, head)")
+        return self
 
     def forward(self, method):
         views = method.seen.feats.chunk(method.n_views)

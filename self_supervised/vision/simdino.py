@@ -14,7 +14,8 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/37_vision.simdino.ipynb #8b81f818
+# %% ../../nbs/37_vision.simdino.ipynb #7544a70d
+@delegates(backbone_for, keep=True)
 def create_simdino_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=256, # Width of projections
@@ -42,8 +43,8 @@ class SimDINO(TeacherStudent):
         store_attr('eps,weight')
 
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        return AttrDict(merge(dino_defaults(n_images, bs, epochs, n_params), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=256, hidden_dim=2048)))
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=256, hidden_dim=2048)))
 
     def lf(self, pred, *yb): return simdino_loss(pred, torch.cat(yb[0]), self.eps, self.weight, self.large_crop_ids, joint_rows)
 

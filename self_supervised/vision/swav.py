@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/34_vision.swav.ipynb #759f94e5
+# %% ../../nbs/34_vision.swav.ipynb #e06ce301
 @delegates(get_dino_aug_pipelines)
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and of local views
@@ -42,6 +42,7 @@ class SwAVModel(StudentModel):
         rows = self.student[-1].rows(f)
         return (f,rows) if feats else rows
 
+@delegates(backbone_for, keep=True)
 def create_swav_model(
     arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
     out_dim:int=3000, # Prototypes
@@ -58,6 +59,7 @@ def create_swav_model(
 
 class SwAV(MultiView):
     "Swapping assignments between views (Caron et al. 2020)"
+    needs = ('student','queues')
     create,views,carried = staticmethod(create_swav_model),staticmethod(get_swav_aug_pipelines),('rows',)
     @delegates(MultiView.__init__)
     def __init__(self,
@@ -66,22 +68,27 @@ class SwAV(MultiView):
         temp:float=0.05, # Temperature of the assignments; half of it on small data
         n_iter:int=3, # Rounds of `sinkhorn_knopp`
         freeze_last_layer:int=1, # Epochs that the prototypes stay as drawn
-        queue_from:int=15, # Epoch from which the queue is used
+        queue_from:int=15, # Epoch from which the queue is used; earlier in short runs
         **kwargs
     ):
         super().__init__(aug_pipelines, **kwargs)
         store_attr('tps,temp,n_iter,freeze_last_layer,queue_from')
 
     @staticmethod
-    def defaults(n_images, bs, epochs, n_params=None):
-        d = dino_defaults(n_images, bs, epochs, n_params)
+    def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
+        d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
         # Assignments of .05 left the loss at ln K on a thousand images; .025 learned with every learning rate that was tried.
-        small = dict(out_dim=64, bottleneck_dim=64, hidden_dim=256, queue=0) if n_images<5_000 else dict(out_dim=300, queue=0) if n_images<20_000 else dict(out_dim=3000, queue=0 if bs>=256 else min(3840,n_images//2))
-        return AttrDict(merge(d, dict(bottleneck_dim=128, hidden_dim=2048, temp=.025 if n_images<100_000 else .05), small))
+        small = dict(out_dim=64, bottleneck_dim=64, hidden_dim=256, queue=0) if n_images<5_000 else dict(out_dim=300, queue=0) if n_images<20_000 else dict(out_dim=3000, queue=0 if bs>=256 else min(3840,n_images//2), wd=(.05,.05))
+        return AttrDict(merge(d, dict(bottleneck_dim=128, hidden_dim=2048, temp=.025 if n_images<100_000 else .05, queue_from=min(15, round(.15*epochs))), small))
 
     def before_fit(self):
         super().before_fit()
         self.rows = []
+    def _check_model(self):
+        super()._check_model()
+        if not (isinstance(self.nets.student, nn.Sequential) and hasattr(self.nets.student[-1], 'rows')): raise ValueError("SwAV needs a student that ends in a DINOHead: make it with create_swav_model")
+        n,g = len(self.nets.queues),len(self.large_crop_ids)
+        if n not in (0,g): raise ValueError(f"{n} queues for {g} global views: make the model with n_large={g}")
     def inputs(self, views): return (True,False)
     def lf(self, rows, *yb):
         head,vs = self.nets.student[-1],rows.detach().chunk(self.n_views)
@@ -91,16 +98,16 @@ class SwAV(MultiView):
         if self.training and len(self.nets.queues): self.rows.append(torch.stack(large))
         return pair_loss(head.last(rows), codes, self.tps, self.large_crop_ids)
     def codes(self, head, rows, i):
-        if len(self.nets.queues) and self.epoch>=self.queue_from: rows = torch.cat([self.nets.queues[i].rows.to(rows.dtype), rows])
+        if len(self.nets.queues) and self.epoch>=self.queue_from: rows = torch.cat([self.nets.queues[i].rows[rank_distrib()::n_processes()].to(rows.dtype), rows])        # a part for each process
         return sinkhorn_knopp(head.last(rows), self.temp, self.n_iter, gather_rows)[-len(self.yb[0]):]
 
     def before_step(self):
         super().before_step()
         if self.epoch<self.freeze_last_layer: no_last_layer_grads(self.nets.student)
     def after_step(self):
-        if self.rows:
-            for q,rows in zip(self.nets.queues, torch.cat(self.rows, 1)): q.push(rows)
-        self.rows = []
+        if self.rows and not self.skipped:
+            for q,rows in zip(self.nets.queues, torch.cat(self.rows, 1)): q.push(gather_rows(rows))
+        self.rows,self.skipped = [],False
 
 @delegates(method_learner)
 def swav_learner(
