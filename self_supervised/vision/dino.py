@@ -92,7 +92,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/31_vision.dino.ipynb #a1784319
+# %% ../../nbs/31_vision.dino.ipynb #cde1b6f4
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -205,7 +205,7 @@ class DINO(TeacherStudent):
         if not self.n_seen: return
         loss,entropy,*terms = (sum_processes(self.sums)/(self.n_seen*n_processes())).tolist()
         self.means = {p.name: t for p,t in zip(self.parts, terms)}
-        self.learn.view_stats = dict(loss=loss, entropy=entropy, kl=loss-entropy, ln_k=math.log(self.nets.C.shape[1]))
+        self.learn.view_stats = dict(loss=loss, entropy=entropy, kl=loss-entropy if self.loss=='cross_entropy' else math.nan, ln_k=math.log(self.nets.C.shape[1]))
 
     def before_step(self):
         super().before_step()
