@@ -35,7 +35,7 @@ demo: .venv/core
 
 test: .venv/dev
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
-	$(BIN)/python -m pytest -q -m "not slow" tests
+	$(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-all: test
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
