@@ -30,7 +30,7 @@ from .vision.dino import *
 from .plots import *
 from .lab import *
 
-# %% ../nbs/50_cli.ipynb #9dcf0822
+# %% ../nbs/50_cli.ipynb #7638def4
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
@@ -57,7 +57,7 @@ def run_command(
             need = re.search(r'a step of .*? GB \(.*?\)', str(e))
             print(f"{name}: out of memory: {need[0]+'; ' if need else ''}{getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
             return 1
-        if not isinstance(e, (ValueError, OSError, RunFailed)): raise
+        if not isinstance(e, (ValueError, OSError, RunFailed, MissingExtra)): raise
         print(f"{name}: {_sentence(e)}", file=sys.stderr)
         return 1 if isinstance(e, RunFailed) else 2
     return 0

@@ -1,0 +1,27 @@
+"""Importing, each contestant in a process of its own
+
+    python -m benchmarks.importing --rounds 7
+
+Seconds of the import alone, without Python's own start. What `self_supervised.all` stands on is fastai, timm and kornia: beside them stands what is ours.
+"""
+import subprocess, sys
+from .race import main, race, rows_of
+
+statements = {'ours': 'from self_supervised.all import *',
+              'fastai': 'from fastai.vision.all import *',
+              'fastai, timm and kornia': 'from fastai.vision.all import *; import timm, kornia.augmentation'}
+
+def seconds(
+    statement:str # What is imported
+)->float:
+    "How long a fresh process takes for it"
+    code = f'import time; start = time.perf_counter(); {statement}; print(time.perf_counter()-start)'
+    return float(subprocess.run([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+def rows(
+    rounds:int=7, # Processes of each contestant
+    device:str='cpu' # Where the other benchmarks run; an import uses none
+):
+    return rows_of('import', race({k: lambda s=s: seconds(s) for k,s in statements.items()}, rounds))
+
+if __name__=='__main__': main(rows, __doc__, steady=False)
