@@ -138,6 +138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'self_supervised.cli._save': ('cli.html#_save', 'self_supervised/cli.py'),
                                      'self_supervised.cli._sentence': ('cli.html#_sentence', 'self_supervised/cli.py'),
                                      'self_supervised.cli._table': ('cli.html#_table', 'self_supervised/cli.py'),
+                                     'self_supervised.cli._version': ('cli.html#_version', 'self_supervised/cli.py'),
                                      'self_supervised.cli._wd': ('cli.html#_wd', 'self_supervised/cli.py'),
                                      'self_supervised.cli.dino_train': ('cli.html#dino_train', 'self_supervised/cli.py'),
                                      'self_supervised.cli.main': ('cli.html#main', 'self_supervised/cli.py'),

@@ -16,7 +16,7 @@ import inspect
 import timm
 from timm.models import register_model
 
-# %% ../nbs/02_encoders.ipynb #61c5c165
+# %% ../nbs/02_encoders.ipynb #eb84386c
 def create_encoder(
     arch:str|nn.Module, # A name that `timm.create_model` knows, or a module that turns images into (bs, features)
     pretrained:bool=False, # Start from timm's released weights?
@@ -27,7 +27,7 @@ def create_encoder(
     "A backbone without its classifier, for images of any size where the model allows it"
     if isinstance(arch, nn.Module): return arch
     if not timm.is_model(arch):
-        near = timm.list_models(f'*{arch[:6]}*')[:5] or ['vit_small_patch16_224','resnet50','convnext_tiny']
+        near = L(o for p in ('','*') for o in timm.list_models(f'{p}{arch[:6]}*')).unique()[:5] or ['vit_small_patch16_224','resnet50','convnext_tiny']
         raise ValueError(f"timm has no model named {arch!r}: pass one of timm.list_models(), such as {', '.join(near)}")
     opts = dict(dynamic_img_size=True, drop_path_rate=drop_path_rate)
     while True:                                                  # a constructor names the first option that it does not know

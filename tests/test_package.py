@@ -131,7 +131,7 @@ def test_works_where_no_extra_is_installed(place, alone):
 
 def test_import_is_light(alone):
     "`import self_supervised.all` brings nothing that takes long and that only some functions need"
-    assert alone['tried']==[]
+    assert alone['tried']==['accelerate']                        # by fastai.distributed, which has the loader that ours is made of
     heavy = 'torch._dynamo','torch._inductor','sklearn.manifold','sklearn.linear_model','sklearn.datasets','scipy.stats','IPython'
     assert [m for m in alone['modules'] if m.startswith(heavy)]==[]
 
