@@ -14,7 +14,7 @@ env  = {k:v for k,v in os.environ.items() if k not in ('PYTHONPATH','PYTHONDONTW
 
 extras  = {k.removesuffix('_requirements'): [Requirement(o) for o in v.split()] for k,v in cfg.items() if k.endswith('_requirements')}
 scripts = dict(o.split('=') for o in cfg['console_scripts'].split())
-left    = {'.venv','build','dist','runs','models','_site','_docs','_proc','.git','.ci','.gitignore','.pytest_cache','.ipynb_checkpoints','__pycache__','.DS_Store'}     # made here, or for the repository alone
+left    = {'.git','.ci','.gitignore','.venv','build','dist','runs','_site','.pytest_cache','.ipynb_checkpoints','__pycache__'}        # for the repository alone, or made here
 
 def files(d): return sorted(p.relative_to(d).as_posix() for p in Path(d).rglob('*') if p.is_file())
 def run(*cmd, **kwargs):
@@ -22,10 +22,18 @@ def run(*cmd, **kwargs):
     assert r.returncode==0, r.stdout
     return r.stdout
 
+def sources():
+    "Files of the project: those that git knows; of an unpacked sdist, all"
+    git = shutil.which('git') and (root/'.git').exists() and subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True).stdout
+    return [f for f in (git.split('\0') if git else files(root)) if (root/f).is_file() and not any(p in left or p.endswith('.egg-info') for p in Path(f).parts)]
+
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-    d = tmp_path_factory.mktemp('source')/'it'
-    return shutil.copytree(root, d, ignore=lambda _,names: [n for n in names if n in left or n.endswith(('.egg-info','.pyc'))])
+    d = tmp_path_factory.mktemp('source')
+    for f in sources():
+        (d/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/f, d/f)
+    return d
 
 @pytest.fixture(scope='module')
 def built(source, tmp_path_factory):
@@ -46,15 +54,15 @@ def test_builds_without_a_warning(built):
     assert 'Successfully built' in out
     assert [l for l in out.splitlines() if re.search(r'warn|deprecat|no files found|cannot find|!!', l, re.I)]==[]
 
-def test_sdist_holds_what_builds_tests_and_documents(source, built):
+def test_sdist_holds_what_builds_tests_and_documents(built):
     with tarfile.open(next(built[0].glob('*.tar.gz'))) as t: has = {n.partition('/')[2] for n in t.getnames()}
-    wanted = {f for f in files(source) if '.egg-info/' not in f and not f.startswith('build/')}
+    wanted = set(sources())
     assert wanted-has==set(), 'MANIFEST.in names what goes along'
-    assert {h for h in has-wanted if '.egg-info' not in h and not any(w.startswith(h) for w in wanted)}=={'PKG-INFO','setup.cfg'}
+    assert {h for h in has-wanted if '.egg-info' not in h and not any(w.startswith(h+'/') for w in wanted)}-{''}<={'PKG-INFO','setup.cfg'}
 
-def test_wheel_holds_the_library_and_nothing_else(source, wheel):
+def test_wheel_holds_the_library_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as z: has = {n for n in z.namelist() if '.dist-info/' not in n}
-    assert has=={f for f in files(source) if f.startswith('self_supervised/')}
+    assert has=={f for f in sources() if f.startswith('self_supervised/')}
     assert 'self_supervised/py.typed' in has and wheel.name.endswith('-py3-none-any.whl')
 
 def test_metadata(metadata):
