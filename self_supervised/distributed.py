@@ -6,14 +6,14 @@
 __all__ = ['n_processes', 'sum_processes', 'gather_rows', 'joint_rows', 'gather_objects', 'shared_features', 'joint_len',
            'JointDL', 'joint_dls']
 
-# %% ../nbs/09_distributed.ipynb #73a5f821
+# %% ../nbs/09_distributed.ipynb #fa9defbc
 from fastai.vision.all import *
 import torch.distributed as dist
 try: from fastai.distributed import DistributedDL
 except NameError:                                                # fastai's needs accelerate, which one process does not
     DistributedDL = TfmdDL
     @patch
-    def distrib_ctx(self:Learner, **kwargs): need_extra('learn.distrib_ctx', 'dist', 'accelerate')
+    def distrib_ctx(self:Learner, *args, **kwargs): need_extra('learn.distrib_ctx', 'dist', 'accelerate')
 from .data import *
 from .features import *
 
