@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RunFailed', 'run_command', 'dino_train', 'main']
 
-# %% ../nbs/50_cli.ipynb #00b2962e
+# %% ../nbs/50_cli.ipynb #952a187f
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')             # fastai's, at import
 from fastai.vision.all import *
 from fastcore.script import *
 from typing import Annotated
 from contextlib import nullcontext
-import inspect
+from importlib import metadata
+import inspect, platform
 import timm.optim
 from .data import *
 from .augmentations import *
@@ -30,11 +31,17 @@ from .vision.dino import *
 from .plots import *
 from .lab import *
 
-# %% ../nbs/50_cli.ipynb #9dcf0822
+# %% ../nbs/50_cli.ipynb #f5612e3a
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
     return re.sub(r'^[\w.]*(Error|Exception): ', '', line)
+
+def _version():
+    "What a report of a problem should say"
+    try: own = metadata.version('self-supervised-dino')
+    except metadata.PackageNotFoundError: own = '(not installed)'
+    return f"self_supervised {own}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
 
 class RunFailed(Exception): "A run ended without a result; the message says why"
 
@@ -45,6 +52,7 @@ def run_command(
     "Run `func` as a command"
     name,args = func.__name__,list(sys.argv[1:] if args is None else args)
     parser = anno_parser(func, prog=name)
+    parser.add_argument('--version', action='version', version=_version(), help='Show the versions of what it runs on, and end')
     parser.error = lambda msg: (_ for _ in ()).throw(ValueError(f"{msg} (see {name} --help)"))
     try:
         ns = vars(parser.parse_args([re.sub('_', '-', o.split('=')[0])+o[len(o.split('=')[0]):] if o.startswith('--') else o for o in args]))
@@ -57,7 +65,7 @@ def run_command(
             need = re.search(r'a step of .*? GB \(.*?\)', str(e))
             print(f"{name}: out of memory: {need[0]+'; ' if need else ''}{getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
             return 1
-        if not isinstance(e, (ValueError, OSError, RunFailed)): raise
+        if not isinstance(e, (ValueError, OSError, RunFailed, MissingExtra)): raise
         print(f"{name}: {_sentence(e)}", file=sys.stderr)
         return 1 if isinstance(e, RunFailed) else 2
     return 0

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'open_image', 'opener', 'SquareCrop', 'to_unit', 'list_bad_files',
            'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls', 'unlabelled_dls', 'find_images', 'channel_stats',
-           'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'labelled_dls']
+           'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'labelled_dls', 'MissingExtra',
+           'need_extra']
 
-# %% ../nbs/00_data.ipynb #f733f930
+# %% ../nbs/00_data.ipynb #ff77c250
 from fastai.vision.all import *
 from PIL import Image, ImageOps
 from fastprogress.fastprogress import progress_bar
+from importlib.util import find_spec
 import json, stat, traceback
 
 # %% ../nbs/00_data.ipynb #bf6771e8
@@ -463,3 +465,15 @@ def labelled_dls(
     block = DataBlock((TransformBlock(_Open(partial(open_image, open_fn=opener(n_in)))), CategoryBlock(vocab=sorted(classes))), get_items=lambda _: sum(files, L()), splitter=splitter,
                       get_y=_ClassOf(roots), item_tfms=tfms, batch_tfms=[IntToFloatTensor, *L(kwargs.pop('batch_tfms', None))])
     return block.dataloaders(path, path=path, bs=bs, num_workers=num_workers, **kwargs)
+
+# %% ../nbs/00_data.ipynb #03b51b61
+class MissingExtra(ImportError): "Packages of an extra are not installed; the message says how to get them"
+
+def need_extra(
+    who:str, # What needs the packages, for the message
+    extra:str, # The extra that brings them
+    *packages:str # Names that they are imported by; default: the extra's
+):
+    "Refuse in a sentence where packages of an extra are not installed"
+    missing = [p for p in packages or [extra] if find_spec(p) is None]
+    if missing: raise MissingExtra(f"{who} needs {' and '.join(missing)}: pip install 'self-supervised-dino[{extra}]'")

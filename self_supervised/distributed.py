@@ -6,11 +6,15 @@
 __all__ = ['n_processes', 'sum_processes', 'gather_rows', 'joint_rows', 'gather_objects', 'shared_features', 'joint_len',
            'JointDL', 'joint_dls']
 
-# %% ../nbs/09_distributed.ipynb #727a4f79
+# %% ../nbs/09_distributed.ipynb #fa9defbc
 from fastai.vision.all import *
 import torch.distributed as dist
 try: from fastai.distributed import DistributedDL
-except NameError: DistributedDL = TfmdDL                         # fastai's needs accelerate, which one process does not
+except NameError:                                                # fastai's needs accelerate, which one process does not
+    DistributedDL = TfmdDL
+    @patch
+    def distrib_ctx(self:Learner, *args, **kwargs): need_extra('learn.distrib_ctx', 'dist', 'accelerate')
+from .data import *
 from .features import *
 
 # %% ../nbs/09_distributed.ipynb #82db21ca

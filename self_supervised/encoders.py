@@ -16,7 +16,7 @@ import inspect
 import timm
 from timm.models import register_model
 
-# %% ../nbs/02_encoders.ipynb #61c5c165
+# %% ../nbs/02_encoders.ipynb #eb84386c
 def create_encoder(
     arch:str|nn.Module, # A name that `timm.create_model` knows, or a module that turns images into (bs, features)
     pretrained:bool=False, # Start from timm's released weights?
@@ -27,7 +27,7 @@ def create_encoder(
     "A backbone without its classifier, for images of any size where the model allows it"
     if isinstance(arch, nn.Module): return arch
     if not timm.is_model(arch):
-        near = timm.list_models(f'*{arch[:6]}*')[:5] or ['vit_small_patch16_224','resnet50','convnext_tiny']
+        near = L(o for p in ('','*') for o in timm.list_models(f'{p}{arch[:6]}*')).unique()[:5] or ['vit_small_patch16_224','resnet50','convnext_tiny']
         raise ValueError(f"timm has no model named {arch!r}: pass one of timm.list_models(), such as {', '.join(near)}")
     opts = dict(dynamic_img_size=True, drop_path_rate=drop_path_rate)
     while True:                                                  # a constructor names the first option that it does not know
@@ -283,7 +283,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #4d9b8fe9
+# %% ../nbs/02_encoders.ipynb #2a5d975d
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -340,7 +340,7 @@ def whole_patches(
     return x[...,:h//ph*ph,:w//pw*pw]
 
 def attention_maps(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     query:tuple|None=None # Row and column of the patch that looks; None: the class token
 )->Tensor: # (bs, heads, H/patch, W/patch); what is missing from a sum of 1 went to the class token and registers
@@ -354,9 +354,9 @@ def attention_maps(
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/02_encoders.ipynb #b71cf5fa
+# %% ../nbs/02_encoders.ipynb #e0255348
 def vit_tokens(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Last blocks
 )->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end (None where there are none), and patch tokens of the last block (bs, H/patch, W/patch, d)

@@ -104,7 +104,7 @@ def show_tsne(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/40_plots.ipynb #a6baa925
+# %% ../nbs/40_plots.ipynb #38b92195
 def _as_images(
     x, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
     n_in=3 # Channels that files and Pillow images are opened with
@@ -126,7 +126,7 @@ def _for_encoder(encoder, x, stats, who):
 def _grow(m, shape): return m.float().repeat_interleave(shape[-2]//m.shape[-2], -2).repeat_interleave(shape[-1]//m.shape[-1], -1)
 
 def show_attention(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor|Image.Image, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; or a Pillow image, a file, or a list of those
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
     keep:float|None=None, # Show masks that hold this part of the attention, such as .6; None: the attention itself
@@ -152,7 +152,7 @@ def show_attention(
                 ax.contour(F.pad(mask, (1,1,1,1)), [.5], colors='yellow', linewidths=1, extent=(-1.5,im.shape[2]+.5,-1.5,im.shape[1]+.5))
     return axs
 
-# %% ../nbs/40_plots.ipynb #fc50224c
+# %% ../nbs/40_plots.ipynb #8d852d86
 def head_colors(
     n:int # Heads
 )->np.ndarray: # (n,3), in [0,1]
@@ -173,7 +173,7 @@ def heads_overlay(
     return torch.where(n>0, (1-alpha)*grey + alpha*torch.einsum('nhw,nc->chw', masks, colors)/n.clamp(min=1), grey)
 
 def show_heads(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor|Image.Image, # What `show_attention` takes
     keep:float=.6, # Part of the attention that a mask holds
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
@@ -190,9 +190,9 @@ def show_heads(
     axs[0,1].legend([plt.Rectangle((0,0),1,1, fc=c) for c in head_colors(a.shape[1])], [f'head {h+1}' for h in range(a.shape[1])], fontsize=7, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
-# %% ../nbs/40_plots.ipynb #f889225c
+# %% ../nbs/40_plots.ipynb #65de31f7
 def show_patch_pca(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor|Image.Image, # What `show_attention` takes
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
     axs:np.ndarray|None=None, # (bs, 2) Axes
@@ -212,9 +212,9 @@ def show_patch_pca(
         show_image(pc, ctx=right)
     return axs
 
-# %% ../nbs/40_plots.ipynb #18434a7c
+# %% ../nbs/40_plots.ipynb #f35c729b
 def attention_video(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     frames, # Frames: what `show_attention` takes, all of one size
     file:str|Path, # File to write: .gif, or .mp4
     head:int|None=None, # Number of the head, from 0; None: the mean of all

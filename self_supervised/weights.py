@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['resample_pos_embed', 'load_dino_weights', 'to_transformers', 'to_onnx']
 
-# %% ../nbs/08_weights.ipynb #1807f525
+# %% ../nbs/08_weights.ipynb #7cb7d47e
 from fastai.vision.all import *
 from collections import defaultdict
-from importlib.util import find_spec
 from itertools import chain
 import argparse, json, pickle, warnings
 import timm
 from safetensors import safe_open
 from safetensors.torch import save_file
+from .data import *
 from .encoders import *
 from .features import *
 from .checkpoints import *
@@ -327,11 +327,7 @@ def to_transformers(
     if verbose: print(f"transformers.ViTModel.from_pretrained('{folder}', add_pooling_layer=False)")
     return folder
 
-# %% ../nbs/08_weights.ipynb #ffbfa9cd
-def _need(user, *packages):
-    missing = [p for p in packages if find_spec(p) is None]
-    if missing: raise ImportError(f"{user} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
+# %% ../nbs/08_weights.ipynb #c26847ad
 class _Normalized(nn.Module):
     "An encoder for images in [0,1]"
     def __init__(self, enc, stats):
@@ -350,7 +346,7 @@ def to_onnx(
     **kwargs # For `torch.onnx.export`: `opset_version`, ...
 )->Path: # `file`
     "Write the encoder as ONNX: `images` (bs,C,H,W) in, `features` (bs,d) out"
-    _need('to_onnx', 'onnx', 'onnxscript')
+    need_extra('to_onnx', 'onnx', 'onnx', 'onnxscript')
     enc,file = deepcopy(encoder_of(learn_or_model, who)).cpu().float().eval(),Path(file)
     if normalize:
         stats = norm_stats(learn_or_model)

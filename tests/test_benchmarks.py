@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastcore.test import test_close, test_eq
 from self_supervised.vision.dino import create_dino_model
-from benchmarks import memory, peers, plain, race, scaling, step
+from benchmarks import importing, memory, peers, plain, race, scaling, step
 from benchmarks.__main__ import found
 
 vit   = dict(arch='vit_mini_patch4_16')
@@ -23,7 +23,7 @@ def numbers(rows):
             if isinstance(v, dict): yield from ((k,o) for o in v.values())
             elif isinstance(v, (int,float)): yield k,v
 
-def test_all_are_found(): assert {*tiny,'memory'}<=set(found()), list(found())
+def test_all_are_found(): assert {*tiny,'memory','importing'}<=set(found()), list(found())
 
 @pytest.mark.parametrize('name', tiny)
 def test_runs(name):
@@ -66,6 +66,12 @@ def test_memory(who):
 def test_memory_in_processes():
     rows = memory.rows(**vit, **views, bs=2, out_dim=16, hidden_dim=8)
     for k,v in numbers(rows): assert np.isfinite(v) and v>0, (k,v)
+
+def test_importing(monkeypatch):
+    monkeypatch.setattr(importing, 'statements', {'ours':'import json', 'fastai':'sum(range(10**7))'})
+    ours,fastai = importing.rows(rounds=1)
+    assert 0<ours['seconds']['median']<fastai['seconds']['median'] and fastai['ratio']['median']>1
+    with pytest.raises(subprocess.CalledProcessError): importing.seconds('import no_such_module')
 
 def test_profile(capsys):
     rows = step.rows(profile=True, precision='bf16', rounds=1, **tiny['step'])

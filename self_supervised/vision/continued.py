@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['layer_splitter', 'layer_scales', 'HeadFirst', 'lora_encoder']
 
-# %% ../../nbs/42_vision.continued.ipynb #8c3bd918
+# %% ../../nbs/42_vision.continued.ipynb #bdff6b15
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
-from importlib.util import find_spec
+from ..data import *
 from ..encoders import *
 from ..schedules import *
 from ..evaluation.finetune import *
@@ -65,7 +65,7 @@ def continue_pretrain(self:Learner,
     scales = layer_scales(len(layer_splitter(self.model)), decay)
     self.pretrain(n_epoch, ifnone(lr, d.lr)*scales, ifnone(lr_min, d.lr_min)*scales, ifnone(warmup_epochs, head_epochs+d.warmup_epochs), ifnone(wd, d.wd), scale_lr, start_epoch, L(HeadFirst(head_epochs))+L(cbs))
 
-# %% ../../nbs/42_vision.continued.ipynb #82b9e72d
+# %% ../../nbs/42_vision.continued.ipynb #dccdb05d
 def _adaptable(attn):
     "Linear layers of an attention that are called as layers; BEiT's qkv is not where its bias stands apart"
     return [n for n,m in attn.named_children() if isinstance(m, nn.Linear) and not (n=='qkv' and getattr(attn, 'q_bias', None) is not None)]
@@ -79,7 +79,7 @@ def lora_encoder(
     **kwargs # For `create_encoder`
 )->nn.Module: # For `dino_learner` and all others
     "A vision transformer of which low-rank adapters, norms and the last blocks learn (Khanna et al. 2025)"
-    if find_spec('peft') is None: raise ImportError("adapters need peft: pip install peft")
+    need_extra('lora_encoder', 'peft')
     from peft import LoraConfig,inject_adapter_in_model
     enc = deepcopy(arch) if isinstance(arch, nn.Module) else create_encoder(arch, pretrained, **kwargs)
     blocks = getattr(enc, 'blocks', [])
