@@ -20,6 +20,7 @@ setup(
     install_requires = cfg['requirements'].split(),
     extras_require   = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
     packages         = find_packages(include=['self_supervised', 'self_supervised.*']),
+    package_data     = {'self_supervised': ['*.jinja']},
     entry_points     = {'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['self_supervised=self_supervised._modidx:d']},
     classifiers      = ['Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )
