@@ -859,6 +859,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'self_supervised.report._gb': ('report.html#_gb', 'self_supervised/report.py'),
                                         'self_supervised.report._look': ('report.html#_look', 'self_supervised/report.py'),
                                         'self_supervised.report._method': ('report.html#_method', 'self_supervised/report.py'),
+                                        'self_supervised.report._n': ('report.html#_n', 'self_supervised/report.py'),
                                         'self_supervised.report._number': ('report.html#_number', 'self_supervised/report.py'),
                                         'self_supervised.report._overlaid': ('report.html#_overlaid', 'self_supervised/report.py'),
                                         'self_supervised.report._panel': ('report.html#_panel', 'self_supervised/report.py'),

@@ -20,7 +20,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/45_report.ipynb #f65d09c0
+# %% ../nbs/45_report.ipynb #00b6f9a8
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG to write
@@ -48,7 +48,7 @@ def run_pictures(
         return save_figure(show_attention(learn, F.interpolate(to_unit(x[:6]), (s,s), mode='bilinear', antialias=True)), Path(folder)/'attention.png')
     if len(x)<2: return
     f,y = extract_features(learn, batches)
-    save_figure(show_neighbours(f, to_unit(x).cpu(), np.linspace(0, len(f)-1, min(8,len(f)), dtype=int).tolist(), k=min(8,len(f)-1), labels=y), Path(folder)/'neighbours.png')
+    save_figure(show_neighbours(f, x.cpu(), np.linspace(0, len(f)-1, min(8,len(f)), dtype=int).tolist(), k=min(8,len(f)-1), labels=y), Path(folder)/'neighbours.png')
 
 def _few(dl, n):
     "At most `n` images of a loader, drawn at random"
@@ -59,6 +59,8 @@ def _few(dl, n):
         idxs = sorted(random.Random(0).sample(idxs, n))
         dl.get_idxs = lambda: idxs
     return dl
+
+def _n(dl): return len(dl.get_idxs() if isinstance(dl, DataLoader) else dl.dataset)
 
 def _untrained(learn):
     "The network of `learn` with weights drawn anew, where timm knows it"
@@ -85,7 +87,7 @@ def run_table(
     if labelled:
         dls = DataLoaders(*[_few(dl, n_max) for dl in (labelled[0],labelled[1])])
         t = probe_table({'raw pixels': raw_pixels(dls)} | models, dls)
-        images = dict(learn_from=len(dls[0].get_idxs()), test=len(dls[1].get_idxs()), of=[len(labelled[0].dataset),len(labelled[1].dataset)])
+        images = dict(learn_from=_n(dls[0]), test=_n(dls[1]), of=[len(labelled[0].dataset),len(labelled[1].dataset)])
     else:
         dl = _few(learn.dls[0], min(n_max, 2048))
         with warnings.catch_warnings():
@@ -93,12 +95,12 @@ def run_table(
             parts = {n: rank_table({n: m[0] if isinstance(m, tuple) else m}, dl, who=m[1] if isinstance(m, tuple) else 'teacher') for n,m in models.items()}
         t = pd.concat(parts.values())
         t = pd.DataFrame({'RankMe': t.rankme.map('{:.1f}'.format), 'features': (t.rankme/t.part).round().astype(int), 'α-ReQ': t.alpha.map('{:.2f}'.format)}).rename_axis('features of')
-        images = dict(images=len(dl.get_idxs()), of=[len(learn.dls.train_ds)])
+        images = dict(images=_n(dl), of=[len(learn.dls.train_ds)])
     with atomic_path(folder/('table.csv' if labelled else 'unlabelled.csv')) as tmp: t.to_csv(tmp)
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #f9116726
+# %% ../nbs/45_report.ipynb #cb7cc310
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -116,19 +118,19 @@ def _table(df, title, note='', best=True): return dict(title=title, columns=[df.
 
 def _png(file): return base64.b64encode(Path(file).read_bytes()).decode()
 
-_pictures = {'views.png':      ('wide', "Views of training images, a row an image: what the method compares", 'Views of training images, a row an image'),
-             'attention.png':  ('',     "What each head of the last block looks at, with the image at the left", 'Images and the attention of each head of the last block, a row an image'),
-             'neighbours.png': ('',     "Nearest neighbours by the encoder, nearest first; the first column is the query, and another class has a red frame where labels are known",
-                                        'Images, each with the images that the encoder finds most alike')}
+_pictures = {'views.png':      ("Views of training images, a row an image: what the method compares", 'Views of training images, a row an image'),
+             'attention.png':  ("What each head of the last block looks at, with the image at the left", 'Images and the attention of each head of the last block, a row an image'),
+             'neighbours.png': ("Nearest neighbours by the encoder, nearest first; the first column is the query, and another class has a red frame where labels are known",
+                                'Images, each with the images that the encoder finds most alike')}
 
 _advice = dict(nan='the loss is not a number', uniform='uniform collapse', point='collapse to one dimension', stuck='nothing learned yet')
 def _sign_of(text): return first(k for k,v in CollapseMonitor.advice.items() if v in text)
 
 _names = dict(lr='learning rate, peak', lr_end='learning rate at the end', wd='weight decay at the start', wd_end='weight decay at the end', out_dim='prototypes, K', cmom='momentum of the centre',
-              tmom_start='momentum of the teacher at the start', tmom_end='momentum of the teacher at the end', tmom_sched='its schedule', tpt_start='temperature of the teacher at the start',
+              tmom_start='momentum of the teacher at the start', tmom_end='momentum of the teacher at the end', tmom_sched='schedule of that momentum', tpt_start='temperature of the teacher at the start',
               tpt_end='temperature of the teacher after warm-up', tpt_warmup_pct='part of training for that warm-up', tpt_sched='shape of that warm-up', tps='temperature of the student',
               freeze_last_layer='epochs that the last layer is frozen', clip="largest norm of a parameter's gradient", large_crop_ids='views that the teacher sees', teacher='teacher', target='targets', loss='loss',
-              chunked_loss='logits of all views never held')
+              chunked_loss='loss in chunks')
 
 class _Run:
     "What the folder of a run holds, in the words of the page"
@@ -207,11 +209,10 @@ class _Run:
 
     def _pictures(self):
         self.pictures = []
-        for name,(kind,caption,alt) in _pictures.items():
+        for name,(caption,alt) in _pictures.items():
             f = self.fresh(name)
-            if f is not None: self.pictures.append(dict(png=_png(f), kind=kind, caption=caption, alt=alt))
-        if not self.pictures: return
-        if len(self.pictures)==1: self.remarks.append("Of the pictures, one is missing: a run draws its views at the start, and attention or neighbours at its end.")
+            if f is not None: self.pictures.append(dict(png=_png(f), caption=caption, alt=alt))
+        if len(self.pictures)==1: self.remarks.append("One picture is missing: views are drawn at the start of a run, attention or neighbours at its end.")
 
     def _end_sign(self):
         "What the last epoch is a sign of; False where nobody can tell"
@@ -242,8 +243,9 @@ class _Run:
             s = self.scores.iloc[:,0].map(_float)
             ours = [i for i in s.index if i not in ('raw pixels','the same network, untrained')]
             if ours:
-                rest = [f"{s[i]:.1f}% by {w}" for i,w in (('the same network, untrained','the same network untrained'),('raw pixels','raw pixels')) if i in s.index]
-                what.append(f"{s.index.name and self.scores.columns[0]} accuracy is {s[ours[0]]:.1f}% by {ours[0]}{', '+' and '.join(rest) if rest else ''}.")
+                whose = "The teacher's features" if ours[0].endswith('teacher') else 'Its features'
+                rest  = [f"{w} {s[i]:.1f}%" for i,w in (('the same network, untrained','those of the same network untrained'),('raw pixels','raw pixels')) if i in s.index]
+                what.append(f"{', '.join([f'{whose} reach {s[ours[0]]:.1f}% in the {self.scores.columns[0]} vote']+rest)}.")
                 if 'raw pixels' in s.index and s[ours[0]]<=s['raw pixels']: what.append("Raw pixels do as well or better.")
                 elif 'the same network, untrained' in s.index and s[ours[0]]<=s['the same network, untrained']: what.append("Training has added nothing to it.")
         self.text = ' '.join(what)
@@ -269,10 +271,10 @@ class _Run:
         if secs: tiles += [(_time(secs), 'of training'), (_number(float(n/secs) if n/secs<100 else round(n/secs)), 'images/s')]
         h = self.history
         if h is not None and len(h):
-            for c,name,f in (('knn','k-NN accuracy','{:.1%}'),('rankme','RankMe','{:.1f}'),('train_loss','loss','{:.3f}')):
+            for c,name,f in (('knn','k-NN accuracy','{:.1%}'),('rankme','RankMe','{:.1f}')):
                 v = h[c].dropna() if c in h else []
-                if len(v) and pd.api.types.is_numeric_dtype(v): tiles.append((f.format(v.iloc[-1]), f'{name}, at the end'))
-        if 'parameters' in self.notes: tiles.append((f"{self.notes['parameters']/1e6:.2f} M", 'parameters of the encoder'))
+                if len(v) and pd.api.types.is_numeric_dtype(v): tiles.append((f.format(v.iloc[-1]), name))
+        if 'parameters' in self.notes: tiles.append((f"{self.notes['parameters']/1e6:.2f} M", 'parameters'))
         return tiles
 
     def _settings(self):
@@ -292,7 +294,7 @@ class _Run:
         m,s = self.last['machine'],self.last
         rows = [('processor', f"{m['cpu']}, {m['cores']} cores"), ('memory', m['memory'] and _gb(m['memory'])), ('GPU', f"{m['gpu']}, {_gb(m['gpu_memory'])}" if m['gpu'] else m['device'] if m['device']!='cpu' else 'none'),
                 ('GPU memory in use, at most', s.get('gpu_peak') and _gb(s['gpu_peak'])), ('processes', s['processes']), ('system', m['system'])]
-        return [(k,_value(v)) for k,v in rows if v] + [(k.replace('self_supervised','self_supervised'),v) for k,v in s['versions'].items()]
+        return [(k,_value(v)) for k,v in rows if v] + [(k,v) for k,v in s['versions'].items()]
 
     @property
     def sessions(self):
@@ -320,7 +322,7 @@ class _Run:
         except Exception as e: return self.remarks.append(f"bad_files.jsonl cannot be read ({first_line(e)}).")
         if paths: self.remarks.append(f"{len(paths)} image files could not be read, and others took their place: {', '.join(paths[:10])}{' and more, in bad_files.jsonl' if len(paths)>10 else ''}.")
 
-# %% ../nbs/45_report.ipynb #81db68b8
+# %% ../nbs/45_report.ipynb #5b19c827
 _ink = dict(light=('#1c2330','#c9cfd8'), dark=('#e5e9f0','#4a5262'))
 def _style(scheme, n):
     ink,line = _ink[scheme]
@@ -328,7 +330,7 @@ def _style(scheme, n):
             'axes.spines.right':False, 'font.size':11, 'legend.frameon':False, 'lines.linewidth':2, 'figure.figsize':(4.8,3.1), 'axes.facecolor':'none', 'figure.facecolor':'none',
             'lines.marker':'o' if n<=3 else '', 'lines.markersize':5}
 
-def _panel(ax, title):
+def _panel(ax):
     buf = io.BytesIO()
     ax.figure.tight_layout()
     ax.figure.savefig(buf, format='png', dpi=140, transparent=True)
@@ -340,7 +342,7 @@ def _twice(draw, n):
     for scheme in _ink:
         with plt.rc_context(_style(scheme, n)):
             for i,(ax,alt) in enumerate(draw()):
-                both.setdefault(i, dict(alt=alt))[scheme] = _panel(ax, alt)
+                both.setdefault(i, dict(alt=alt))[scheme] = _panel(ax)
                 plt.close(ax.figure)
     return list(both.values())
 

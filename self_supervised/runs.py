@@ -209,7 +209,7 @@ class History(CSVLogger):
         try: super()._write_line(log)
         except OSError as e: raise OSError(f"{self.fname} could not be written ({e.strerror or e}): make room or pass another folder, and resume") from e
 
-# %% ../nbs/21_runs.ipynb #7427dfac
+# %% ../nbs/21_runs.ipynb #ebc5b6ad
 def _cpu():
     "The name of the processor, which Python does not know on Linux"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
@@ -248,7 +248,7 @@ def describe_run(
     enc,dl = encoder_of(learn),learn.dls.train
     views = [getattr(o, 'size', None) for o in getattr(method, 'aug_pipelines', [])]
     return dict(method=type(method).__name__ if method else None, arch=getattr(enc, 'timm_args', {}).get('model_name', type(enc).__name__), parameters=sum(p.numel() for p in enc.parameters()),
-                images=len(learn.dls.train_ds), batch=getattr(dl, 'bs', None), views=views, ln_k=math.log(model.C.shape[1]) if hasattr(model, 'C') else None, chosen=_chosen(learn, method, model))
+                images=len(dl.dataset) if hasattr(dl, 'dataset') else None, batch=getattr(dl, 'bs', None), views=views, ln_k=math.log(model.C.shape[1]) if hasattr(model, 'C') else None, chosen=_chosen(learn, method, model))
 
 def read_notes(
     folder:str|Path # Folder of a run
