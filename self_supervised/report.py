@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #cb7cc310
+# %% ../nbs/45_report.ipynb #5e59f5a8
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -310,9 +310,10 @@ class _Run:
     @property
     def usage(self):
         f = self.fresh('encoder.safetensors')
-        lines = ["from self_supervised.all import *", f"encoder = load_encoder({str(f or self.folder/'checkpoint.pth')!r})"]
         try: call = timm_call(f) if f else None
-        except Exception as e: call = self.remarks.append(f"encoder.safetensors cannot be read ({first_line(e)}).")
+        except Exception as e: f,call = None,self.remarks.append(f"encoder.safetensors cannot be read ({first_line(e)}).")
+        own   = f and not call                                   # a network that timm does not know
+        lines = ["from self_supervised.all import *", f"encoder = load_encoder({str(f or self.folder/'checkpoint.pth')!r}{', encoder' if own else ''})" + ("      # given as it was made for the run" if own else '')]
         return '\n'.join(lines + (['', '# or with timm alone', f'encoder = {call}'] if call else []) + ['', '# in a shell: measure it by another protocol', f'# dino_eval linear --encoder {shlex.quote(str(self.folder))} --data LABELLED'])
 
     def _bad_files(self):
@@ -386,7 +387,7 @@ def _overlaid(runs):
             yield ax,f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, max((len(r.history) for r in with_curves), default=0))
 
-# %% ../nbs/45_report.ipynb #fb9b8a01
+# %% ../nbs/45_report.ipynb #89bedf3a
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -403,7 +404,7 @@ def _version():
 def write_report(
     runs:str|Path|list, # Folder of a run, or several to compare
     out:str|Path|None=None, # File to write; default: report.html in the folder of the run, comparison.html here for several
-    learn:Learner|None=None, # The learner of the run: pictures and table are made first
+    learn:Learner|None=None, # The learner of the run: pictures, table and encoder are made first, where the run has left none
     labelled:DataLoaders|None=None # With `learn`: labelled images to measure it with
 )->Path: # The file
     "Write what runs were, and what came of them, as one page"
@@ -438,6 +439,7 @@ def _look(learn, folder, labelled):
     if not read_notes(folder): note_run(folder, **describe_run(learn))
     if not (folder/'history.csv').exists() and hasattr(learn, 'recorder') and learn.recorder.values:
         with atomic_path(folder/'history.csv') as tmp: history_df(learn).to_csv(tmp, index=False)
+    if not (folder/'encoder.safetensors').exists(): export_encoder(learn, folder/'encoder.safetensors', verbose=False)
     if _method(learn) and not (folder/'views.png').exists(): save_figure(_method(learn).show(), folder/'views.png')
     run_pictures(learn, folder, labelled)
     run_table(learn, folder, labelled)
