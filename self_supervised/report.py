@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #5e59f5a8
+# %% ../nbs/45_report.ipynb #8ab5309e
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -142,10 +142,10 @@ class _Run:
         if not self.notes and not any((self.folder/o).is_file() for o in ('history.csv','checkpoint.pth')):
             raise ValueError(f"{folder} is no run: it has no run.json, history.csv or checkpoint.pth; pass a folder that dino_train, RunCheckpoint or RunNotes left")
         if not self.notes: self.remarks.append("The run left no notes (run.json) that can be read: settings are those of its checkpoint, and machine, versions and command are not known.")
-        self.ckpt = {} if self.notes.get('settings') else self._checkpoint()
         self.sessions_ = self.notes.get('sessions', [])
         self.last = self.sessions_[-1] if self.sessions_ else {}
         self.history = self._history()
+        self.ckpt = {} if self.notes.get('settings') and self.history is not None else self._checkpoint()
         self.n_done  = len(self.history) if self.history is not None else self.ckpt.get('epoch', 0)
         self.settings = self.notes.get('settings') or self.ckpt.get('args', {})
         self.n_epoch = self.notes.get('n_epoch') or self.settings.get('epochs') or self.n_done
