@@ -873,6 +873,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'self_supervised.report._untrained': ('report.html#_untrained', 'self_supervised/report.py'),
                                         'self_supervised.report._value': ('report.html#_value', 'self_supervised/report.py'),
                                         'self_supervised.report._version': ('report.html#_version', 'self_supervised/report.py'),
+                                        'self_supervised.report._whole_epochs': ('report.html#_whole_epochs', 'self_supervised/report.py'),
                                         'self_supervised.report.run_pictures': ('report.html#run_pictures', 'self_supervised/report.py'),
                                         'self_supervised.report.run_table': ('report.html#run_table', 'self_supervised/report.py'),
                                         'self_supervised.report.save_figure': ('report.html#save_figure', 'self_supervised/report.py'),

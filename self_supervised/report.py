@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #8ab5309e
+# %% ../nbs/45_report.ipynb #3bd68135
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -187,7 +187,7 @@ class _Run:
         for name in ('table.csv','unlabelled.csv'):
             f = self.fresh(name)
             if f is None: continue
-            try: df = pd.read_csv(f, index_col=0)
+            try: df = pd.read_csv(f, index_col=0, dtype=str)
             except Exception as e:
                 self.remarks.append(f"{name} cannot be read ({first_line(e)}).")
                 continue
@@ -224,7 +224,7 @@ class _Run:
     def _verdict(self):
         n,m,end = self.n_done,self.n_epoch,self.last.get('end')
         whole = n>=m>0
-        done  = f"All {m} epochs are done" if whole else f"{n} of {m} epochs are done"
+        done  = (f"All {m} epochs are done" if m>1 else "Its only epoch is done") if whole else f"{n} of {m} epochs are done"
         why   = {None: 'then it was killed, or it still runs', 'finished': ''}.get(end, end) if self.last else ''
         if whole and end is None: why = ''
         signs,now = [o for o in self.said if o['sign']],self._end_sign()
@@ -323,7 +323,7 @@ class _Run:
         except Exception as e: return self.remarks.append(f"bad_files.jsonl cannot be read ({first_line(e)}).")
         if paths: self.remarks.append(f"{len(paths)} image files could not be read, and others took their place: {', '.join(paths[:10])}{' and more, in bad_files.jsonl' if len(paths)>10 else ''}.")
 
-# %% ../nbs/45_report.ipynb #5b19c827
+# %% ../nbs/45_report.ipynb #bb7ba639
 _ink = dict(light=('#1c2330','#c9cfd8'), dark=('#e5e9f0','#4a5262'))
 def _style(scheme, n):
     ink,line = _ink[scheme]
@@ -347,6 +347,13 @@ def _twice(draw, n):
                 plt.close(ax.figure)
     return list(both.values())
 
+def _whole_epochs(ax, n):
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if n==1: ax.set_xlim(.5, 1.5)
+    for l in ax.lines:
+        if l.get_transform()!=ax.transData: l.set_marker('')     # a line across the picture is no point
+    return ax
+
 def _said_by(ax):
     return '; '.join(f"{l.get_label()} from {l.get_ydata()[0]:.4g} to {l.get_ydata()[-1]:.4g}" for l in ax.lines if len(l.get_xdata()) and not l.get_label().startswith(('_','ln K','monitor')))
 
@@ -361,8 +368,7 @@ def _curves(run):
             else:
                 alt = f"{ax.get_title()}, epochs 1 to {int(df.epoch.max())+1}: {_said_by(ax)}"
                 for e in sorted({o['epoch'] for o in run.said}): ax.axvline(e, color='tab:red', ls='--', lw=1.2, marker='')
-                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-                yield ax,alt
+                yield _whole_epochs(ax, len(df)),alt
     return _twice(draw, len(df))
 
 _colors = ['#3b82c4','#e08214','#3a9d5d','#cf4446','#8e63b8','#8c6d53','#d96fae','#7f8790','#a8a821','#26a5b5']
@@ -373,6 +379,7 @@ def _overlaid(runs):
     "The same number of several runs in one picture"
     with_curves = [r for r in runs if r.history is not None and len(r.history)]
     cols = list(dict.fromkeys(c for r in with_curves for c in r.history if c not in ('epoch','time','valid_loss') and pd.api.types.is_numeric_dtype(r.history[c]) and r.history[c].notna().any()))
+    n = max((len(r.history) for r in with_curves), default=0)
     def draw():
         for c in cols:
             ax,alt = plt.subplots()[1],[]
@@ -383,18 +390,20 @@ def _overlaid(runs):
                 ax.plot(h.epoch+1, h[c], color=r.color, ls=_dashes[r.style])
                 alt.append(f"{r.name} from {h[c].iloc[0]:.4g} to {h[c].iloc[-1]:.4g}")
             ax.set(title=_titles.get(c, c.replace('_',' ')), xlabel='epoch')
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            yield ax,f"{_titles.get(c, c)}: {'; '.join(alt)}"
-    return _twice(draw, max((len(r.history) for r in with_curves), default=0))
+            yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
+    return _twice(draw, n)
 
-# %% ../nbs/45_report.ipynb #89bedf3a
+# %% ../nbs/45_report.ipynb #3f397cae
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
-        return dict(method=r.notes.get('method') or r.settings.get('method'), images=r.notes.get('images')) | {k:v for k,v in r.settings.items() if k not in ('out','resume','overwrite','no_report')} | \
-               dict(r.chosen) | dict(r.machine)
-    all_ = [{k:_value(v) for k,v in of(r).items()} for r in runs]
-    keys = [k for k in dict.fromkeys(k for o in all_ for k in o) if len({o.get(k) for o in all_})>1]
+        own = {k:v for k,v in r.settings.items() if k not in ('out','arch','resume','overwrite','no_report')}
+        return {k:_value(v) for k,v in (own | dict(method=r.notes.get('method') or r.settings.get('method'), images=r.notes.get('images')) | dict(r.chosen) | dict(r.machine)).items()}
+    all_,given = [of(r) for r in runs],{k for r in runs for k,_ in r.given}
+    def differs(k):
+        known = [o[k] for o in all_ if k in o]
+        return len(set(known))>1 or len(known)<len(runs) and k in given         # a run without notes says nothing of its settings
+    keys = [k for k in dict.fromkeys(k for o in all_ for k in o) if differs(k)]
     return dict(title='', columns=['']+[r.name for r in runs], rows=[(k,[dict(text=o.get(k, '–'), best=False) for o in all_]) for k in keys], note='')
 
 def _version():
