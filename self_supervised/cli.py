@@ -62,7 +62,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #8b6b8412
+# %% ../nbs/50_cli.ipynb #8438ff1f
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -161,6 +161,7 @@ def dino_train(
     if n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
     bs = batch_size_per_gpu
+    notes = RunNotes(out, resume, args, {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}, _command(args, n_proc))
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
     else:
         if overwrite and not rank: (out/'bad_files.jsonl').unlink(missing_ok=True)
@@ -187,7 +188,6 @@ def dino_train(
     cb    = getattr(learn, method)
     untrained = deepcopy(encoder_of(learn))
     untrained.mean,untrained.std = learn.model.mean,learn.model.std          # the same images for both
-    notes = RunNotes(out, resume, args, {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}, _command(args, n_proc))
     if rank: learn.remove_cb(ProgressCallback)
     else: save_figure(cb.show(), out/'views.png')
     n = sum(p.numel() for p in enc.parameters())

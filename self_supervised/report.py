@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #3bd68135
+# %% ../nbs/45_report.ipynb #23473219
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -238,7 +238,8 @@ class _Run:
         elif now is None:            self.tone,self.head = 'good',"Healthy: no sign of collapse"
         else:                        self.tone,self.head = 'unknown',"Finished; the numbers that tell of collapse are not in its history"
         what = [f"{done}{f': {why}' if why else ''}."]
-        if signs and not bad and now: what.append(f"The monitor said so after epoch {signs[0]['epoch']}.")
+        told = first(signs, lambda o: o['sign']==now)
+        if told and not bad: what.append(f"The monitor said so after epoch {told['epoch']}.")
         if self.scores is not None:
             s = self.scores.iloc[:,0].map(_float)
             ours = [i for i in s.index if i not in ('raw pixels','the same network, untrained')]
