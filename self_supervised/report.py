@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #23473219
+# %% ../nbs/45_report.ipynb #6b7b58b8
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -244,7 +244,7 @@ class _Run:
             s = self.scores.iloc[:,0].map(_float)
             ours = [i for i in s.index if i not in ('raw pixels','the same network, untrained')]
             if ours:
-                whose = "The teacher's features" if ours[0].endswith('teacher') else 'Its features'
+                whose = 'Features of the teacher' if ours[0].endswith('teacher') else 'Its features'
                 rest  = [f"{w} {s[i]:.1f}%" for i,w in (('the same network, untrained','those of the same network untrained'),('raw pixels','raw pixels')) if i in s.index]
                 what.append(f"{', '.join([f'{whose} reach {s[ours[0]]:.1f}% in the {self.scores.columns[0]} vote']+rest)}.")
                 if 'raw pixels' in s.index and s[ours[0]]<=s['raw pixels']: what.append("Raw pixels do as well or better.")
