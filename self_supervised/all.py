@@ -35,3 +35,4 @@ from .vision.distill import *
 from .plots import *
 from .lab import *
 from .vision.continued import *
+from .report import *

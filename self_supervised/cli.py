@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RunFailed', 'run_command', 'dino_train', 'main']
 
-# %% ../nbs/50_cli.ipynb #952a187f
+# %% ../nbs/50_cli.ipynb #99eb990b
 import warnings
 warnings.filterwarnings('ignore', message='.*torch.jit.script.*')             # fastai's, at import
 from fastai.vision.all import *
 from fastcore.script import *
 from typing import Annotated
-from contextlib import nullcontext
+from contextlib import contextmanager,nullcontext
 from importlib import metadata
-import inspect, platform
+import inspect, platform, shlex
 import timm.optim
 from .data import *
 from .augmentations import *
@@ -22,7 +22,6 @@ from .schedules import *
 from .features import *
 from .checkpoints import *
 from .distributed import *
-from .evaluation.table import *
 from .monitors import *
 from .runs import *
 from .memory import *
@@ -30,6 +29,7 @@ from .vision.core import *
 from .vision.dino import *
 from .plots import *
 from .lab import *
+from .report import *
 
 # %% ../nbs/50_cli.ipynb #f5612e3a
 def _sentence(e):
@@ -70,7 +70,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #7b125686
+# %% ../nbs/50_cli.ipynb #8438ff1f
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -105,7 +105,7 @@ def _fits_method(kind, given):
     wrong = [f"--{_option.get(k, k.replace('_','-'))}" for k in given if k not in takes]
     if wrong: raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; leave it out, or choose a --method that has")
 
-_may_change = ('path','labels','out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss')        # between a run and its resumption
+_may_change = ('path','labels','out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss','no_report')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -154,9 +154,10 @@ def dino_train(
     grad_checkpointing:bool=False, # Keep fewer activations and compute them again: room for larger backbones, a third slower
     chunked_loss:bool=False, # Never hold the logits of all views: room where --out-dim is large
     auto_bs:bool=False, # Halve the batch until a step fits into memory, and accumulate to what was asked for
-    sync_bn:bool_arg=None # With several processes: BatchNorm over all of them (default: on GPUs)
+    sync_bn:bool_arg=None, # With several processes: BatchNorm over all of them (default: on GPUs)
+    no_report:bool=False # Leave out the table at the end, and report.html
 ):
-    "Pretrain a backbone with DINO (Caron et al. 2021) or another method, and leave a checkpoint, the encoder, the history and pictures in a folder"
+    "Pretrain a backbone with DINO (Caron et al. 2021) or another method, and leave a checkpoint, the encoder, the history, pictures and a page on it all, report.html, in a folder"
     args = dict(locals())
     demo = path is None
     arch   = arch or ('convnet_mini' if demo else 'vit_small')
@@ -168,6 +169,7 @@ def dino_train(
     if n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)
     bs = batch_size_per_gpu
+    notes = RunNotes(out, resume, args, {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}, _command(args, n_proc))
     if demo: dls,labelled = digits_dls(size, bs, holdout=None),digits_dls(size, bs)
     else:
         if overwrite and not rank: (out/'bad_files.jsonl').unlink(missing_ok=True)
@@ -195,7 +197,7 @@ def dino_train(
     untrained = deepcopy(encoder_of(learn))
     untrained.mean,untrained.std = learn.model.mean,learn.model.std          # the same images for both
     if rank: learn.remove_cb(ProgressCallback)
-    else: _save(cb.show(), out/'views.png')
+    else: save_figure(cb.show(), out/'views.png')
     n = sum(p.numel() for p in enc.parameters())
     if not rank: print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {joint_len(len(dls.train_ds), bs, n_proc, True)} batches of {bs}"
                        f"{f' in each of {n_proc} processes' if n_proc>1 else ''}, {len(pipes)} views, {f'K={learn.model.C.shape[1]}' if hasattr(learn.model, 'C') else kind.__name__}, on {dls.device}")
@@ -206,20 +208,23 @@ def dino_train(
         for o in out.glob('checkpoint*.pth'): o.unlink()
     if resume and not rank and not any(out.glob('checkpoint*.pth')): print(f"{out} holds no checkpoint to resume from: starting anew")
     if n_proc>1: set_seed(seed+rank)                             # the model is the first process's; crops and colours are each one's own
-    with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
-        (learn.fit_dino if method=='dino' else learn.pretrain)(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume)]+limit)
-    if any('The loss is not a number' in o for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
-    if rank: return
-    if any(o.is_up for o in limit):
-        return print(f"{out}: --max-hours {max_hours:g} is up after {len(history_df(out/'history.csv'))} of {epochs} epochs; the same command with --resume goes on")
-    took = time.time()-start
-    export_encoder(learn, out/'encoder.safetensors')
-    _save(plot_history(out/'history.csv', math.log(learn.model.C.shape[1]) if hasattr(learn.model, 'C') else None), out/'history.png')
-    _picture(learn, cb, labelled or dls, out)
-    if labelled: _table(learn, {kind.__name__ + (f', {w}' if len(whos)>1 else ''): (learn,w) for w in whos}, untrained, labelled, out)
+    with _reported(notes, not (rank or no_report)):
+        with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
+            (learn.fit_dino if method=='dino' else learn.pretrain)(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume), notes]+limit)
+        if any('The loss is not a number' in o for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
+        if rank: return
+        if any(o.is_up for o in limit):
+            return print(f"{out}: --max-hours {max_hours:g} is up after {len(history_df(out/'history.csv'))} of {epochs} epochs; the same command with --resume goes on")
+        took = time.time()-start
+        export_encoder(learn, out/'encoder.safetensors')
+        save_figure(plot_history(out/'history.csv', math.log(learn.model.C.shape[1]) if hasattr(learn.model, 'C') else None), out/'history.png')
+        run_pictures(learn, out, labelled)
+        if not no_report:
+            table = run_table(learn, out, labelled, untrained)
+            if labelled: print(table.to_string())
     h = history_df(out/'history.csv').iloc[-1]
     print(f"{out}: {len(history_df(out/'history.csv'))} epochs, {took:.0f} s, loss {h.train_loss:.3f}" + (f", 20-NN {100*h.knn:.1f}" if 'knn' in h else f", RankMe {h.rankme:.1f}")
-          + f"; the encoder is in {out/'encoder.safetensors'}")
+          + f"; the encoder is in {out/'encoder.safetensors'}" + ('' if no_report else f", and all of it in {out/'report.html'}"))
 
 dino_train.when_stopped = "; the same command with --resume goes on behind the last epoch that was done"
 dino_train.when_full = ("pass --grad-checkpointing or --precision bf16; for dino also --auto-bs, which finds the batch that fits, and --chunked-loss; or lower --batch-size-per-gpu "
@@ -229,28 +234,28 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #b4dc1ded
+# %% ../nbs/50_cli.ipynb #3ce36a6d
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
-def _save(axs, file):
-    fig = axs.flat[0].figure
-    fig.tight_layout()
-    with atomic_path(file) as tmp: fig.savefig(tmp, format='png', dpi=110)
-    plt.close(fig)
+def _command(args, n_proc):
+    "The command that does the same again"
+    words = []
+    for k,p in inspect.signature(dino_train).parameters.items():
+        if args[k]==p.default or k in ('resume','overwrite','no_report'): continue
+        v = [] if p.annotation is bool else args[k] if isinstance(args[k], (list,tuple)) else [args[k]]
+        words += [f"--{k.replace('_','-')}", *map(str, v)]
+    return (f'torchrun --nproc-per-node {n_proc} $(which dino_train) ' if n_proc>1 else 'dino_train ')+shlex.join(words)
 
-def _picture(learn, cb, dls, out):
-    "Attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
-    batches = list(itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16))
-    x = torch.cat([b[0].as_subclass(Tensor) for b in batches])
-    enc = encoder_of(learn)
-    if hasattr(enc, 'num_prefix_tokens') and nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.fused_attn') is not None:
-        s = cb.aug_pipelines[0].size
-        return _save(show_attention(learn, F.interpolate(x[:6], (s,s), mode='bilinear', antialias=True)), out/'attention.png')
-    f,y = extract_features(learn, batches)
-    _save(show_neighbours(f, x.cpu(), np.linspace(0, len(f)-1, 8, dtype=int).tolist(), labels=y), out/'neighbours.png')
-
-def _table(learn, trained, untrained, dls, out):
-    t = probe_table({'raw pixels': raw_pixels(dls), 'the same network, untrained': untrained} | trained, dls)
-    t.to_csv(out/'table.csv')
-    print(t.to_string())
+@contextmanager
+def _reported(notes, wanted):
+    "However a run ends, it is noted, and its page is written"
+    try: yield
+    except BaseException as e:
+        try: notes.ended('it was stopped by hand' if isinstance(e, KeyboardInterrupt) else 'memory was full' if out_of_memory(e) else _sentence(e))
+        except OSError: pass                                     # a full disk has its sentence already
+        raise
+    finally:
+        if wanted and notes.session:                             # else it never began
+            try: write_report(notes.folder)
+            except Exception as e: warnings.warn(f"{notes.folder/'report.html'} was not written ({first_line(e)}): dino_report {notes.folder} makes it")

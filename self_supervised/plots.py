@@ -15,7 +15,7 @@ from .features import *
 from .checkpoints import *
 from .evaluation.segmentation import *
 
-# %% ../nbs/40_plots.ipynb #8e0fd474
+# %% ../nbs/40_plots.ipynb #9aeed417
 def history_df(
     src:Learner|str|Path # A learner that was fitted, or the file that `History` or `CSVLogger` wrote
 )->pd.DataFrame: # A row an epoch
@@ -41,7 +41,7 @@ def plot_history(
     for c in parts: axs[0].plot(df.epoch+1, df[c], label=c.replace('_',' ').replace('kl','KL'))
     if parts:
         if ln_k is not None: axs[0].axhline(ln_k, color='grey', ls=':', label='ln K: uniform')
-        axs[0].set(title='loss = teacher entropy + KL', xlabel='epoch')
+        axs[0].set(title='loss = teacher entropy + KL' if 'kl' in parts else 'loss', xlabel='epoch')
         axs[0].legend()
     for ax,(name,cols) in zip(axs[bool(parts):], others.items()):
         for c in cols:                                           # k-NN may be measured every few epochs
