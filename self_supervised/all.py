@@ -35,3 +35,5 @@ from .vision.distill import *
 from .plots import *
 from .lab import *
 from .vision.continued import *
+from .explore import *
+from .widgets import *
