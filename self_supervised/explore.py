@@ -283,7 +283,7 @@ def show_clusters(
     "The most typical images of each cluster, a row each"
     return _rows([[(_picture(images, o),'' if i else f'{c}: {len(t)} images') for i,o in enumerate(t.image[:k])] for c,t in table.groupby('cluster')], axs)
 
-# %% ../nbs/43_explore.ipynb #9a399c61
+# %% ../nbs/43_explore.ipynb #c0d10f13
 def image_map(
     feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
     n_max:int=2000, # Images at most, drawn at random
@@ -322,7 +322,7 @@ def show_map(
     if ax is None: ax = plt.subplots(figsize=(7,7), layout='constrained')[1]
     xy,h = table[['x','y']].to_numpy(),size/2
     kept = apart(xy, size)
-    ax.scatter(*np.delete(xy, kept, 0).T, s=3, color='lightgrey')
+    ax.scatter(*np.delete(xy, kept, 0).T, s=3, color='lightgrey', zorder=-1)
     for i in kept: show_image(_picture(images, table.image.iloc[i]), ctx=ax, extent=(xy[i,0]-h,xy[i,0]+h,xy[i,1]-h,xy[i,1]+h))
     ax.set(xlim=(-h,1+h), ylim=(-h,1+h), aspect='equal')
     return ax

@@ -15,7 +15,7 @@ from .features import *
 from .evaluation.segmentation import *
 from .plots import *
 
-# %% ../nbs/44_widgets.ipynb #3199f7c0
+# %% ../nbs/44_widgets.ipynb #b95a79a0
 def patch_similarity(
     tokens:Tensor, # Patch tokens of some images, (n,h,w,d)
     image:int, # Number of the image
@@ -57,12 +57,12 @@ def show_patch(
     "What a patch attends to, and the patches most like it, here and in other images"
     enc,x,z = for_encoder(encoder, images, stats, who)
     if not 0<=image<len(x): raise ValueError(f"image={image}, but there are {len(x)}: pass 0 to {len(x)-1}")
+    if tokens is None: tokens = patch_tokens(encoder, images, stats, who)
     ph,pw = patch_size(enc)
     patch = tuple(ifnone(patch, (x.shape[-2]//ph//2,x.shape[-1]//pw//2)))
     heads = attention_maps(enc, z[image:image+1], patch, block)[0].cpu()
     if head is not None and not 0<=head<len(heads): raise ValueError(f"head={head}, but there are {len(heads)}: pass 0 to {len(heads)-1}, or None for their mean")
     a = heads.mean(0) if head is None else heads[head]
-    if tokens is None: tokens = patch_tokens(encoder, images, stats, who)
     sim,im = patch_similarity(tokens, image, patch),x[image]
     here,others = similar_patches(tokens, image, patch, k)
     grown  = lambda m: m.float().repeat_interleave(ph, -2).repeat_interleave(pw, -1)

@@ -64,8 +64,8 @@ def test_a_click_on_a_patch_shows_it(lab, browser, tmp_path):
     page.set_default_timeout(60_000)
     page.on('request', lambda r: None if r.url.startswith((lab,lab.replace('http','ws'),'data:','blob:')) else outside.append(r.url))
     page.goto(lab+'doc/tree/page.ipynb')
-    page.wait_for_function("window.jupyterapp && document.querySelector('.jp-Notebook .cm-content')")
-    page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
+    page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
     image,picture = page.locator('.patch-picker img'),page.locator('img.widget-image')
     picture.wait_for()
     ready = "e => e.complete && e.naturalWidth>0"
