@@ -15,7 +15,7 @@ from .features import *
 from .evaluation.segmentation import *
 from .plots import *
 
-# %% ../nbs/44_widgets.ipynb #b95a79a0
+# %% ../nbs/44_widgets.ipynb #00c7abe6
 def patch_similarity(
     tokens:Tensor, # Patch tokens of some images, (n,h,w,d)
     image:int, # Number of the image
@@ -75,8 +75,8 @@ def show_patch(
     show_image(grown(a)[None], ctx=axs[0,1], cmap='viridis', title=f"attention of {'all heads' if head is None else f'head {head+1}'}\nin block {range(len(enc.blocks))[block]+1} of {len(enc.blocks)}")
     show_image(im*(.25+.75*mask), ctx=axs[0,2], title=f'{keep:.0%} of it')
     show_image(grown(sim[image])[None], ctx=axs[0,3], cmap='magma', vmin=sim.min().item(), vmax=1, title='similar patches')
-    for ax in axs[0,:4]: frame(ax, *patch, 'red')
     for _,r,c,_ in here: frame(axs[0,0], r, c, 'yellow')
+    for ax in axs[0,:4]: frame(ax, *patch, 'red')
     for ax,(j,r,c,s) in zip(axs[1], others):
         show_image(x[j], ctx=ax, title=f'image {j}: {s:.2f}')
         frame(ax, r, c, 'yellow')
@@ -93,7 +93,7 @@ def patch_tokens(
     enc,_,z = for_encoder(encoder, images, stats, who)
     with torch.no_grad(), eval_mode(enc), eager(enc): return torch.cat([vit_tokens(enc, o)[1].float().cpu() for o in z.split(bs)])
 
-# %% ../nbs/44_widgets.ipynb #6960fd21
+# %% ../nbs/44_widgets.ipynb #1494e6b7
 _esm = """
 export default { render({ model, el }) {
   const box = document.createElement('div'), img = document.createElement('img'), mark = document.createElement('div')
@@ -184,11 +184,11 @@ def explore_attention(
     n_heads = last_attention(enc, for_encoder(encoder, x[:1], stats, who)[2]).shape[1]
     picker  = _picker(src=_src(x[0]), grid=[h,w], patch=list(patch))
     image   = wg.Dropdown(options=[(f'{i}', i) for i in range(len(x))], value=0, description='image')
-    head    = wg.Dropdown(options=[('mean of all', None)]+[(f'{i+1}', i) for i in range(n_heads)], value=None, description='head')
+    head    = wg.Dropdown(options=[('mean of all', -1)]+[(f'{i+1}', i) for i in range(n_heads)], value=-1, description='head')
     block   = wg.IntSlider(len(enc.blocks), 1, len(enc.blocks), description='block', continuous_update=False)
     mass    = wg.FloatSlider(keep, min=.05, max=1., step=.05, description='kept mass', readout_format='.0%', continuous_update=False)
-    picture = wg.Image(format='png', layout=wg.Layout(max_width='100%'))
-    def draw(_=None): picture.value = _png(show(image.value, picker.patch, head.value, block.value-1, mass.value), dpi=80)
+    picture = wg.Image(format='png', layout=wg.Layout(max_width='100%', align_self='flex-start'))
+    def draw(_=None): picture.value = _png(show(image.value, picker.patch, None if head.value<0 else head.value, block.value-1, mass.value), dpi=80)
     def turn(_): picker.src = _src(x[image.value])
     image.observe(turn, 'value')
     for o,trait in ((picker,'patch'), (image,'value'), (head,'value'), (block,'value'), (mass,'value')): o.observe(draw, trait)
