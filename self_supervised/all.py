@@ -35,4 +35,6 @@ from .vision.distill import *
 from .plots import *
 from .lab import *
 from .vision.continued import *
+from .explore import *
+from .widgets import *
 from .report import *

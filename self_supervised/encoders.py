@@ -283,7 +283,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #2a5d975d
+# %% ../nbs/02_encoders.ipynb #5c79c65c
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -295,10 +295,13 @@ def eager(
 
 def last_attention(
     encoder:nn.Module, # A timm vision transformer
-    x:Tensor # Images (bs,C,H,W), normalised
+    x:Tensor, # Images (bs,C,H,W), normalised
+    block:int=-1 # Another block's instead, by its number from 0
 )->Tensor: # (bs, heads, tokens, tokens); rows sum to 1
     "Attention of the last block between all tokens"
-    attn = getattr(nested_attr(encoder, 'blocks', [None])[-1], 'attn', None)
+    blocks = nested_attr(encoder, 'blocks', [None])
+    if not -len(blocks)<=block<len(blocks): raise ValueError(f"block={block}, but the encoder has {len(blocks)}: pass 0 to {len(blocks)-1}")
+    attn = getattr(blocks[block], 'attn', None)
     if not hasattr(attn, 'fused_attn'): raise ValueError(f"{type(encoder).__name__} has no blocks[-1].attn: attention maps need a timm vision transformer")
     maps = []
     hook = attn.attn_drop.register_forward_pre_hook(lambda m,args: maps.append(args[0]))
@@ -342,11 +345,12 @@ def whole_patches(
 def attention_maps(
     encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
-    query:tuple|None=None # Row and column of the patch that looks; None: the class token
+    query:tuple|None=None, # Row and column of the patch that looks; None: the class token
+    block:int=-1 # Another block than the last, by its number from 0
 )->Tensor: # (bs, heads, H/patch, W/patch); what is missing from a sum of 1 went to the class token and registers
     "What the class token, or a patch, attends to in the last block (Caron et al. 2021, fig. 1)"
     encoder = encoder_of(encoder)
-    full,prefix = last_attention(encoder, x),getattr(encoder, 'num_prefix_tokens', 1)
+    full,prefix = last_attention(encoder, x, block),getattr(encoder, 'num_prefix_tokens', 1)
     if query is None and not has_class_token(encoder): raise ValueError(f"{type(encoder).__name__} has no class token to look from: pass query=(row, column) of a patch")
     n = math.prod(s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
     if full.shape[-1]!=prefix+n: raise ValueError(f"the last block of this {type(encoder).__name__} attends over {full.shape[-1]} channels or windows, not over its {n} patches: pass a timm vision transformer")

@@ -101,7 +101,7 @@ def plain_dl(
         dl.before_iter = before_iter
     return dl
 
-# %% ../nbs/06_features.ipynb #4a8f1935
+# %% ../nbs/06_features.ipynb #faa2b6c8
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -119,7 +119,7 @@ class _Rows:
             x.numpy().tofile(self.out)
         else:
             if self.buf is None: self.buf = x.new_empty(max(self.n, len(x)), *x.shape[1:])
-            if self.done+len(x)>len(self.buf): self.buf = torch.cat([self.buf, torch.empty_like(self.buf)])
+            if self.done+len(x)>len(self.buf): self.buf = torch.cat([self.buf, x.new_empty(max(len(self.buf), len(x)), *x.shape[1:])])
             self.buf[self.done:self.done+len(x)] = x
         self.done += len(x)
 
