@@ -53,8 +53,10 @@ docs-serve: docs
 notebooks: .venv/dev
 	$(BIN)/nbdev-export
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --save
-	$(BIN)/python tools/nbtext.py tidy nbs/*.ipynb
+	$(ONE) $(BIN)/nbdev-test examples --save
+	$(BIN)/python tools/nbtext.py tidy nbs/*.ipynb examples/*.ipynb
 	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-clean --fname examples
 	$(BIN)/python tools/readme.py
 
 clean:

@@ -73,7 +73,7 @@ def _read(file, trust=False):
     except Exception as e: raise ValueError(f"{file} is safetensors but cannot be read ({e}): download it again") from e
     return flat, tuple(json.loads(meta[k]) for k in ('mean','std')) if {'mean','std'}<=set(meta) else _image_stats(file, flat)
 
-# %% ../nbs/08_weights.ipynb #aa1f9867
+# %% ../nbs/08_weights.ipynb #d8b95019
 _outer  = ('state_dict.','model.','module.','_orig_mod.')
 _inner  = _outer + ('backbone.','encoder.','vit.')
 _owner  = re.compile(r'(student|teacher|momentum|state_dict_ema|model_ema)[._]')       # as in student_backbone, momentum_backbone
@@ -111,7 +111,8 @@ def _split(state, wanted):
     for e,h in _parts:
         if any(n.startswith(e) and n not in wanted for n in state): return _under(state, e),_under(state, h)
     other = lambda n: n not in wanted and (n.startswith(('head.mlp.','head.last_layer.')) or n in _center+('mean','std'))
-    return {n:t for n,t in state.items() if not other(n)},_under(state, 'head.')
+    head  = {n:t for n,t in _under(state, 'head.').items() if n.startswith(('mlp.','last_layer.'))}                        # a classifier is none of ours
+    return {n:t for n,t in state.items() if not other(n)},head
 
 # %% ../nbs/08_weights.ipynb #130af222
 _hf       = {'cls_token':'embeddings.cls_token', 'pos_embed':'embeddings.position_embeddings', 'norm':'layernorm',

@@ -18,7 +18,7 @@ def output(o):
 
 def cell(c):
     "A cell as Markdown"
-    if c.cell_type=='markdown': return re.sub(r'\]\((\.\./)?(?=[\w./]+\.(?:ipynb|png|md))', lambda m: '](' if m[1] else '](nbs/', c.source)
+    if c.cell_type=='markdown': return re.sub(r'\]\((\.\./)?(?=[\w./]+\.(?:ipynb|png|md|py))', lambda m: '](' if m[1] else '](nbs/', c.source)
     if re.search(r'^#\|\s*(hide|default_exp)', c.source, re.M): return ''
     src = re.sub(r'^#\|.*\n', '', c.source, flags=re.M).strip()
     return '\n\n'.join([f'```python\n{src}\n```'] + [t for t in map(output, c.get('outputs', [])) if t])
