@@ -7,10 +7,9 @@ __all__ = ['embed', 'check_embedding_file', 'save_embedding', 'load_embedding', 
            'near_duplicates', 'show_duplicates', 'outliers', 'show_outliers', 'clusters', 'cluster_names',
            'label_images', 'show_clusters', 'image_map', 'apart', 'show_map']
 
-# %% ../nbs/43_explore.ipynb #77da6397
+# %% ../nbs/43_explore.ipynb #400d226c
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
-from importlib.util import find_spec
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch.utils import data as torch_data
@@ -67,7 +66,7 @@ def embed(
     df.attrs['bad_files'] = bad
     return df
 
-# %% ../nbs/43_explore.ipynb #1a6af574
+# %% ../nbs/43_explore.ipynb #d66b0e29
 def _plain_name(n):
     "What can be written as UTF-8: not every file name on Linux is"
     return n if not isinstance(n, str) else n.encode('utf-8', 'backslashreplace').decode()
@@ -75,10 +74,10 @@ def _plain_name(n):
 def check_embedding_file(
     file:str|Path # File that features are to be written to or read from
 )->Path: # `file`
-    "Is its format known, and what it needs installed? A `ValueError` where not"
+    "Is its format known, and what it needs installed? A sentence where not"
     file = Path(file)
     if file.suffix not in ('.parquet','.csv','.npz'): raise ValueError(f"{file}: pass a name that ends in .parquet, .csv or .npz")
-    if file.suffix=='.parquet' and not find_spec('pyarrow'): raise ValueError(f"{file} needs pyarrow: pip install pyarrow, or take a name that ends in .csv or .npz")
+    if file.suffix=='.parquet': need_extra(f"{file} (one in .csv or .npz does not)", 'explore', 'pyarrow')
     return file
 
 def save_embedding(

@@ -93,7 +93,7 @@ def patch_tokens(
     enc,_,z = for_encoder(encoder, images, stats, who)
     with torch.no_grad(), eval_mode(enc), eager(enc): return torch.cat([vit_tokens(enc, o)[1].float().cpu() for o in z.split(bs)])
 
-# %% ../nbs/44_widgets.ipynb #1494e6b7
+# %% ../nbs/44_widgets.ipynb #c20976ac
 _esm = """
 export default { render({ model, el }) {
   const box = document.createElement('div'), img = document.createElement('img'), mark = document.createElement('div')
@@ -146,7 +146,7 @@ def _picker(**kwargs):
 def _why_no_widget():
     "What stands in the way of a page to click on; None where nothing does"
     missing = [o for o in ('ipywidgets','anywidget') if not find_spec(o)]
-    if missing: return f"pip install {' '.join(missing)} to click on the patches"
+    if missing: return f"{' and '.join(missing)} not installed: pip install 'self-supervised-dino[widgets]' to click on the patches"
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     if not hasattr(shell, 'kernel'): return "open a Jupyter notebook to click on the patches"
 
