@@ -66,7 +66,7 @@ def embed(
     df.attrs['bad_files'] = bad
     return df
 
-# %% ../nbs/43_explore.ipynb #d66b0e29
+# %% ../nbs/43_explore.ipynb #89c218f2
 def _plain_name(n):
     "What can be written as UTF-8: not every file name on Linux is"
     return n if not isinstance(n, str) else n.encode('utf-8', 'backslashreplace').decode()
@@ -77,7 +77,7 @@ def check_embedding_file(
     "Is its format known, and what it needs installed? A sentence where not"
     file = Path(file)
     if file.suffix not in ('.parquet','.csv','.npz'): raise ValueError(f"{file}: pass a name that ends in .parquet, .csv or .npz")
-    if file.suffix=='.parquet': need_extra(f"{file} (one in .csv or .npz does not)", 'explore', 'pyarrow')
+    if file.suffix=='.parquet': need_extra(f"{file}, unlike .csv and .npz,", 'explore', 'pyarrow')
     return file
 
 def save_embedding(
