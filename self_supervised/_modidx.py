@@ -665,6 +665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'self_supervised.explore._plain_name': ('explore.html#_plain_name', 'self_supervised/explore.py'),
                                          'self_supervised.explore._readable': ('explore.html#_readable', 'self_supervised/explore.py'),
                                          'self_supervised.explore._rows': ('explore.html#_rows', 'self_supervised/explore.py'),
+                                         'self_supervised.explore._stacked': ('explore.html#_stacked', 'self_supervised/explore.py'),
                                          'self_supervised.explore.apart': ('explore.html#apart', 'self_supervised/explore.py'),
                                          'self_supervised.explore.check_embedding_file': ( 'explore.html#check_embedding_file',
                                                                                            'self_supervised/explore.py'),

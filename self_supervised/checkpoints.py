@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #a6434d08
+# %% ../nbs/07_checkpoints.ipynb #84a1a305
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -32,7 +32,7 @@ def atomic_path(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        with open(tmp, 'r+b') as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())                         # safetensors writes files that nobody else may read
         os.replace(tmp, file)
     except (OSError,SafetensorError) as e: raise OSError(f"{file} could not be written ({getattr(e,'strerror',None) or first_line(e)}): make room, or pass a folder that can be written to") from e

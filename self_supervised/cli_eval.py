@@ -26,7 +26,7 @@ from .evaluation.segmentation import *
 from .evaluation.unlabelled import *
 from .plots import *
 
-# %% ../nbs/51_cli_eval.ipynb #9ecd22fa
+# %% ../nbs/51_cli_eval.ipynb #69a19d50
 def open_encoder(
     src:str|Path, # A file of `export_encoder`, a checkpoint or a folder of a run, a timm name, or 'pixels'
     pretrained:bool=False, # Of a timm name: its released weights?
@@ -38,14 +38,15 @@ def open_encoder(
     if who not in ('teacher','student'): raise ValueError(f"--who {who}: pass teacher or student")
     if str(src)=='pixels': return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     if path.is_dir():
-        found = path/'encoder.safetensors'
-        return load_encoder(found if found.is_file() and who=='teacher' else path/'checkpoint.pth', who=who)
+        found,ckpt = path/'encoder.safetensors',path/'checkpoint.pth'
+        last = found.is_file() and not (ckpt.is_file() and ckpt.stat().st_mtime>found.stat().st_mtime)      # a run that went on has not written it again yet
+        return load_encoder(found if last and who=='teacher' else ckpt, who=who)
     if path.suffix in ('.safetensors','.pth') or path.is_file(): return load_encoder(path, who=who)
     if not timm.is_model(str(src)): raise ValueError(f"--encoder {src}: there is no such file or folder, and timm has no model of that name")
     if pretrained and not timm.is_model_pretrained(str(src)): raise ValueError(f"--pretrained: timm has no released weights of {src}; leave it out for an untrained network")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/51_cli_eval.ipynb #ae519d7e
+# %% ../nbs/51_cli_eval.ipynb #b82929ad
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
@@ -145,8 +146,9 @@ def device_named(
     "The device that the command line names"
     try: dev = torch.device(ifnone(name, default_device()))
     except RuntimeError as e: raise ValueError(f"--device {name}: pass cpu, cuda, cuda:1 or mps") from e
-    here = torch.accelerator.current_accelerator()
+    here = torch.accelerator.current_accelerator(check_available=True)             # else it is what PyTorch was built for
     if dev.type!='cpu' and (here is None or here.type!=dev.type): raise ValueError(f"--device {name}: this machine has {'no GPU' if here is None else here.type}; pass {'cpu' if here is None else here.type}")
+    if dev.type!='cpu' and (dev.index or 0)>=torch.accelerator.device_count(): raise ValueError(f"--device {name}: this machine has {dev.type}:0 to {dev.type}:{torch.accelerator.device_count()-1}")
     return dev
 
 def _plain(o):

@@ -59,7 +59,7 @@ def embed_main():
     "The command `dino_embed`"
     sys.exit(run_command(dino_embed))
 
-# %% ../nbs/54_cli_explore.ipynb #67fedd50
+# %% ../nbs/54_cli_explore.ipynb #b60cdc80
 _page = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
 <style>
@@ -174,7 +174,12 @@ def dino_explore(
     if not -1<=threshold<=1: raise ValueError(f"--threshold {threshold}: pass a cosine similarity, such as .95")
     if features and encoder: raise ValueError("--features and --encoder: pass one of them")
     if features and not Path(folder).is_dir(): raise ValueError(f"{folder} is no folder: pass the folder that --features were made of")
+    for q in query or []:
+        if not features and not (Path(folder)/q).is_file(): raise ValueError(f"--query {q}: {folder} has no such file; pass paths in the folder")
     df = load_embedding(features) if features else _embedded(folder, encoder, pretrained, who, size, batch_size, num_workers, precision, device, no_progress)
+    if features and (lost := [n for n in df.index if not (Path(folder)/str(n)).is_file()]):
+        if len(lost)==len(df): raise ValueError(f"none of the images of {features} is in {folder}: pass the folder that it was made of")
+        print(f"{len(lost)} images of {features} are not in {folder}: their pictures are empty")
     page = explore_page(df, folder, query, clusters, threshold, k, n_map, encoder or features, seed=seed)
     with atomic_path(out) as tmp: tmp.write_text(page, encoding='utf-8', errors='backslashreplace')
     print(f"{len(df)} images of {folder}: {out}, {len(page)/1e6:.1f} MB")

@@ -7,18 +7,19 @@ __all__ = ['embed', 'check_embedding_file', 'save_embedding', 'load_embedding', 
            'near_duplicates', 'show_duplicates', 'outliers', 'show_outliers', 'clusters', 'cluster_names',
            'label_images', 'show_clusters', 'image_map', 'apart', 'show_map']
 
-# %% ../nbs/43_explore.ipynb #400d226c
+# %% ../nbs/43_explore.ipynb #32bc7978
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
+import csv
 from torch.utils import data as torch_data
 from .data import *
 from .encoders import *
 from .features import *
 from .checkpoints import *
 
-# %% ../nbs/43_explore.ipynb #24b50d03
+# %% ../nbs/43_explore.ipynb #211a983a
 class _Squares:
     "Files as the middle squares that the encoder sees, or in a string what went wrong"
     def __init__(self, files, size, open_fn): store_attr()
@@ -30,14 +31,19 @@ class _Squares:
 
 def _no_pil_warnings(_): warnings.filterwarnings('ignore', module='PIL')
 
+def _stacked(b):
+    "What could be read as one tensor, for each tensor that a worker hands on costs a file descriptor, and what went wrong, image by image"
+    good = [o for o in b if not isinstance(o, str)]
+    return torch.stack(good) if good else None,[o if isinstance(o, str) else None for o in b]
+
 def _readable(dl, names, good, bad):
     "Batches of what could be read; its names go to `good`, the others with their errors to `bad`"
     names = iter(names)
-    for b in dl:
-        named = [(o,next(names)) for o in b]
-        good += [n for o,n in named if not isinstance(o, str)]
-        bad.update({n:o for o,n in named if isinstance(o, str)})
-        if (xs := [o for o in b if not isinstance(o, str)]): yield torch.stack(xs)
+    for xs,errors in dl:
+        named = [(next(names),e) for e in errors]
+        good += [n for n,e in named if e is None]
+        bad.update({n:e for n,e in named if e is not None})
+        if xs is not None: yield xs
 
 @delegates(extract_features, but=['dl','interleave','tokens','file','dtype'])
 def embed(
@@ -55,7 +61,7 @@ def embed(
     if isinstance(model, (str,Path)): model = load_encoder(model, who=who).to(default_device())
     files,inside = find_images(images),isinstance(images, (str,Path))
     names = [(f.relative_to(images) if inside else f).as_posix() for f in files]
-    dl = torch_data.DataLoader(_Squares(files, size, opener(channels_of(encoder_of(model, who)))), bs, num_workers=num_workers, collate_fn=noop, worker_init_fn=_no_pil_warnings)
+    dl = torch_data.DataLoader(_Squares(files, size, opener(channels_of(encoder_of(model, who)))), bs, num_workers=num_workers, collate_fn=_stacked, worker_init_fn=_no_pil_warnings)
     good,bad = [],{}
     try: f,_ = extract_features(model, _readable(progress_bar(dl, leave=False) if progress else dl, names, good, bad), who=who, stats=stats, **kwargs)
     except ValueError as e:
@@ -66,7 +72,7 @@ def embed(
     df.attrs['bad_files'] = bad
     return df
 
-# %% ../nbs/43_explore.ipynb #89c218f2
+# %% ../nbs/43_explore.ipynb #95e8f9c1
 def _plain_name(n):
     "What can be written as UTF-8: not every file name on Linux is"
     return n if not isinstance(n, str) else n.encode('utf-8', 'backslashreplace').decode()
@@ -89,7 +95,7 @@ def save_embedding(
     feats = feats.set_axis(feats.index.map(_plain_name).rename('image'))
     with atomic_path(file) as tmp, open(tmp, 'wb') as f:
         if   file.suffix=='.parquet': feats.to_parquet(f)
-        elif file.suffix=='.csv':     feats.to_csv(f)
+        elif file.suffix=='.csv':     feats.to_csv(f, quoting=csv.QUOTE_NONNUMERIC)
         else: np.savez(f, image=feats.index.to_numpy(str), features=feats.to_numpy())
     return file
 
@@ -100,7 +106,11 @@ def load_embedding(
     file = check_embedding_file(file)
     if not file.is_file(): raise ValueError(f"{file} is no file: pass one that save_embedding or dino_embed wrote")
     try:
-        if file.suffix=='.parquet': return pd.read_parquet(file)
+        if file.suffix=='.parquet':
+            df = pd.read_parquet(file)
+            if 'image' in df: df = df.set_index('image')
+            if not df.shape[1] or not all(map(pd.api.types.is_numeric_dtype, df.dtypes)): raise ValueError('it has columns that are no numbers')
+            return df
         if file.suffix=='.csv': return pd.read_csv(file, index_col='image', dtype=defaultdict(lambda: np.float32, image=str), keep_default_na=False)
         with np.load(file) as z: return pd.DataFrame(z['features'], index=pd.Index(z['image'], name='image'), columns=[f'f{i}' for i in range(z['features'].shape[1])])
     except Exception as e: raise ValueError(f"{file} holds no features ({first_line(e)}): pass a file that save_embedding or dino_embed wrote") from e
@@ -137,7 +147,7 @@ def _rows(rows, axs, size=1.15):
             ax.set_title(title, fontsize=8)
     return axs
 
-# %% ../nbs/43_explore.ipynb #7ea52150
+# %% ../nbs/43_explore.ipynb #90639e66
 def _nearest(f, q, k, chunk, own=None):
     "Similarity and row of the `k` rows of `f` nearest to each of `q`, a chunk at a time; not itself, where `own` has its row"
     n = len(f)-(own is not None)
@@ -163,6 +173,7 @@ def nearest_images(
         own = None
     else:
         asked = pd.Index(L(queries))
+        if not len(asked): raise ValueError("no query: pass the name of an image, or several")
         own   = names.get_indexer(asked)
         if (own<0).any(): raise ValueError(f"{asked[own<0][0]!r} names no image here: pass names such as {names[0]!r}, or what embed gives for other files")
         own = torch.from_numpy(own)
@@ -238,7 +249,7 @@ def show_outliers(
     cells = [(_picture(images, o.image),f'{o.distance:.2f}') for o in table[:n].itertuples()]
     return _rows([cells[i:i+ncols] for i in range(0, len(cells), ncols)], axs)
 
-# %% ../nbs/43_explore.ipynb #7567ef14
+# %% ../nbs/43_explore.ipynb #8a55044d
 def clusters(
     feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
     k:int=10, # Clusters
@@ -266,7 +277,12 @@ def label_images(
     names:pd.DataFrame|str|Path|dict # What `cluster_names` gave, filled in; or its CSV file; or a dict, cluster to name
 )->pd.DataFrame: # Columns image and label, for fastai's `ImageDataLoaders.from_df(df, path=folder)`; clusters without a name are left out, and two of one name become one class
     "Each image with the name of its cluster"
-    if isinstance(names, (str,Path)): names = pd.read_csv(names, dtype=dict(name=str), keep_default_na=False)
+    if isinstance(names, (str,Path)):
+        file = Path(names)
+        head = file.read_text(encoding='utf-8-sig').partition('\n')[0]
+        names = pd.read_csv(file, sep=';' if ';' in head else ',', encoding='utf-8-sig', dtype=str, keep_default_na=False)    # some spreadsheets write ; for ,
+        if not {'cluster','name'}<=set(names): raise ValueError(f"{file} has the columns {', '.join(names)}: pass what cluster_names wrote, with cluster and name")
+        names = names[names.cluster.str.strip()!='']
     if not isinstance(names, dict): names = dict(zip(names['cluster'], names['name']))
     names = {int(c): str(v).strip() for c,v in names.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
     if wrong := set(names)-set(table.cluster): raise ValueError(f"a name for cluster {min(wrong)}, but there are clusters 0 to {table.cluster.max()}: pass the names of these clusters")
@@ -282,7 +298,7 @@ def show_clusters(
     "The most typical images of each cluster, a row each"
     return _rows([[(_picture(images, o),'' if i else f'{c}: {len(t)} images') for i,o in enumerate(t.image[:k])] for c,t in table.groupby('cluster')], axs)
 
-# %% ../nbs/43_explore.ipynb #c0d10f13
+# %% ../nbs/43_explore.ipynb #3b527c2c
 def image_map(
     feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
     n_max:int=2000, # Images at most, drawn at random
@@ -296,6 +312,7 @@ def image_map(
     f = f[i].numpy()
     if len(f)<4: raise ValueError(f"{len(f)} images make no map: pass 4 or more")
     if np.ptp(f, 0).max()<1e-6: raise ValueError("all images have the same features, and so no places on a map: the encoder has collapsed")
+    if f.shape[1]<2: f = np.pad(f, ((0,0),(0,1)))
     f  = PCA(min(50, *f.shape), random_state=seed).fit_transform(f)
     xy = TSNE(perplexity=min(30, (len(f)-1)/3), init='pca', random_state=seed).fit_transform(f)
     xy = (xy-xy.min(0))/np.ptp(xy, 0).clip(1e-12)

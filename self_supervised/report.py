@@ -20,7 +20,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/45_report.ipynb #00b6f9a8
+# %% ../nbs/45_report.ipynb #cfc79734
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG to write
@@ -86,7 +86,7 @@ def run_table(
     models = ({} if untrained is None else {'the same network, untrained': untrained}) | {name + (f', {w}' if len(whos)>1 else ''): (learn,w) for w in whos}
     if labelled:
         dls = DataLoaders(*[_few(dl, n_max) for dl in (labelled[0],labelled[1])])
-        t = probe_table({'raw pixels': raw_pixels(dls)} | models, dls)
+        t = probe_table({'raw pixels': raw_pixels(dls)} | models, dls, k=min(20, _n(dls[0])))
         images = dict(learn_from=_n(dls[0]), test=_n(dls[1]), of=[len(labelled[0].dataset),len(labelled[1].dataset)])
     else:
         dl = _few(learn.dls[0], min(n_max, 2048))
@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #6b7b58b8
+# %% ../nbs/45_report.ipynb #55d7fa31
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -142,12 +142,14 @@ class _Run:
         if not self.notes and not any((self.folder/o).is_file() for o in ('history.csv','checkpoint.pth')):
             raise ValueError(f"{folder} is no run: it has no run.json, history.csv or checkpoint.pth; pass a folder that dino_train, RunCheckpoint or RunNotes left")
         if not self.notes: self.remarks.append("The run left no notes (run.json) that can be read: settings are those of its checkpoint, and machine, versions and command are not known.")
-        self.sessions_ = self.notes.get('sessions', [])
+        noted = self.notes.get('sessions') or []
+        self.sessions_ = [s for s in noted if isinstance(s, dict) and {'epochs','images','seconds','first_epoch','end','machine','versions','processes'}<=set(s)]
+        if len(self.sessions_)<len(noted): self.remarks.append("run.json has sessions that cannot be read.")
         self.last = self.sessions_[-1] if self.sessions_ else {}
         self.history = self._history()
         self.ckpt = {} if self.notes.get('settings') and self.history is not None else self._checkpoint()
         self.n_done  = len(self.history) if self.history is not None else self.ckpt.get('epoch', 0)
-        self.settings = self.notes.get('settings') or self.ckpt.get('args', {})
+        self.settings = self.notes.get('settings') or self.ckpt.get('args') or {}
         self.n_epoch = self.notes.get('n_epoch') or self.settings.get('epochs') or self.n_done
         self.said = [dict(epoch=o['epoch']+1, text=re.sub(r'^epoch \d+(, batch (\d+))?: ', lambda m: f'batch {m[2]}: ' if m[2] else '', o['text']), sign=_sign_of(o['text'])) for o in read_messages(self.folder)]
         self._tables()
@@ -168,7 +170,7 @@ class _Run:
         if not f.is_file(): return {}
         try: state = torch.load(f, map_location='cpu', weights_only=True, mmap=True)
         except Exception as e: state = self.remarks.append(f"checkpoint.pth cannot be read ({first_line(e)}).")
-        return state if isinstance(state, dict) else {}
+        return state if isinstance(state, dict) and all(isinstance(state.get(k) or {}, dict) for k in ('args','encoder')) else {}
 
     def _history(self):
         f = self.fresh('history.csv')
@@ -176,6 +178,9 @@ class _Run:
         try:
             df = history_df(f)
             df = df[pd.to_numeric(df.epoch, errors='coerce').notna()]
+            if len(df)>1 and 'time' in df and pd.isna(df.time.iloc[-1]) and pd.notna(df.time.iloc[0]):
+                df = df[:-1]
+                self.remarks.append("The last line of history.csv is torn, and left out.")
             return df.assign(epoch=df.epoch.astype(int))
         except Exception as e: self.remarks.append(f"history.csv cannot be read ({first_line(e)}): the run has no curves.")
 
@@ -187,7 +192,9 @@ class _Run:
         for name in ('table.csv','unlabelled.csv'):
             f = self.fresh(name)
             if f is None: continue
-            try: df = pd.read_csv(f, index_col=0, dtype=str)
+            try:
+                df = pd.read_csv(f, index_col=0, dtype=str)
+                if not df.shape[1]: raise ValueError('it has no columns')
             except Exception as e:
                 self.remarks.append(f"{name} cannot be read ({first_line(e)}).")
                 continue
@@ -219,6 +226,7 @@ class _Run:
         ln_k,need = self.notes.get('ln_k'),('train_loss','teacher_entropy','kl')
         if not ln_k or self.history is None or not len(self.history) or not set(need)<=set(self.history): return False
         loss,entropy,kl = (float(self.history[c].iloc[-1]) for c in need)
+        if math.isfinite(loss) and not (math.isfinite(entropy) and math.isfinite(kl)): return False
         return CollapseMonitor.sign(loss, entropy, kl, ln_k)
 
     def _verdict(self):
@@ -230,6 +238,7 @@ class _Run:
         signs,now = [o for o in self.said if o['sign']],self._end_sign()
         bad = first(signs, lambda o: o['sign']=='nan')
         if bad:                      self.tone,self.head = 'bad',f"Stopped: {_advice['nan']}, in epoch {bad['epoch']}"
+        elif now=='nan':             self.tone,self.head = 'bad',f"Stopped: {_advice['nan']}, in epoch {n}"
         elif now in ('uniform','point'): self.tone,self.head = 'bad',f"Collapsed: {_advice[now]}"
         elif now=='stuck':           self.tone,self.head = 'warn',"Nothing learned yet: the loss stands at ln K or above"
         elif n==0:                   self.tone,self.head = 'unknown',"No epoch was done"
@@ -394,7 +403,7 @@ def _overlaid(runs):
             yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, n)
 
-# %% ../nbs/45_report.ipynb #3f397cae
+# %% ../nbs/45_report.ipynb #bcafcdae
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -446,10 +455,12 @@ def _context(r, one):
 
 def _look(learn, folder, labelled):
     "All that only the learner can tell"
-    if not read_notes(folder): note_run(folder, **describe_run(learn))
-    if not (folder/'history.csv').exists() and hasattr(learn, 'recorder') and learn.recorder.values:
+    own   = 'sessions' in read_notes(folder)                     # what the run left stays; what an earlier call wrote is made anew
+    lacks = lambda name: not own or not (folder/name).exists()
+    if not own: note_run(folder, **describe_run(learn))
+    if lacks('history.csv') and hasattr(learn, 'recorder') and learn.recorder.values:
         with atomic_path(folder/'history.csv') as tmp: history_df(learn).to_csv(tmp, index=False)
-    if not (folder/'encoder.safetensors').exists(): export_encoder(learn, folder/'encoder.safetensors', verbose=False)
-    if _method(learn) and not (folder/'views.png').exists(): save_figure(_method(learn).show(), folder/'views.png')
+    if lacks('encoder.safetensors'): export_encoder(learn, folder/'encoder.safetensors', verbose=False)
+    if _method(learn) and lacks('views.png'): save_figure(_method(learn).show(), folder/'views.png')
     run_pictures(learn, folder, labelled)
     run_table(learn, folder, labelled)

@@ -5,6 +5,7 @@ from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import run_command
 from self_supervised.cli_eval import dino_attention, dino_eval, open_encoder
+from helpers import digits_learner, quiet
 
 def evaluate(tmp_path, *args, code=0):
     "The table of `dino_eval`, or what it says"
@@ -189,3 +190,13 @@ def test_retrieval_fuzz():
                 for j,r in enumerate(pos): ap += ((j/r if r else 1.)+(j+1)/(r+1))/2/len(pos)
                 aps.append(ap)
             assert (not aps and np.isnan(got[level]['mAP'])) or np.isclose(got[level]['mAP'], np.mean(aps))
+
+def test_an_encoder_that_is_older_than_the_run_is_not_taken(tmp_path):
+    "A run that was started anew or resumed, and stopped, has not exported its encoder yet"
+    learn = digits_learner(n_train=64)
+    with quiet(learn): learn.fit_dino(1, cbs=RunCheckpoint(tmp_path))
+    export_encoder(create_encoder('convnet_mini'), tmp_path/'encoder.safetensors', verbose=False)
+    same = lambda: all(torch.equal(a, b) for a,b in zip(open_encoder(tmp_path).parameters(), encoder_of(learn).parameters()))
+    assert not same()                                            # the newer one, whatever it is
+    os.utime(tmp_path/'encoder.safetensors', (0,0))
+    assert same()

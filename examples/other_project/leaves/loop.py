@@ -16,11 +16,13 @@ def view(size, scale):
 
 def train(folder, file, epochs=2, lr=1e-3, K=256, momentum=.98):
     "Train a `LeafNet` on the images below `folder`, and write its weights to `file`; returns the loss of each step"
-    student = nn.Sequential(LeafNet(), nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, K))
+    batches = scans(folder).train
+    if not len(batches): raise ValueError(f"{folder} has too few scans for a batch")
+    student = nn.Sequential(LeafNet(), nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, K)).to(batches.device)
     teacher = deepcopy(student).requires_grad_(False)
     opt     = torch.optim.AdamW(student.parameters(), lr, weight_decay=.04)
     views   = [view(16, (.5,1.))]*2 + [view(8, (.3,.7))]*2       # those that the teacher sees come first
-    batches,center,losses = scans(folder).train,torch.zeros(1, K),[]
+    center,losses = torch.zeros(1, K, device=batches.device),[]
     for _ in range(epochs):
         for x, in batches:
             vs = [v(x.as_subclass(torch.Tensor)) for v in views]
@@ -30,7 +32,7 @@ def train(folder, file, epochs=2, lr=1e-3, K=256, momentum=.98):
             center = update_center(center, target.mean(0, keepdim=True))
             with torch.no_grad(): torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1-momentum)
             losses.append(loss.item())
-    torch.save(teacher[0].state_dict(), file)
+    torch.save(teacher[0].cpu().state_dict(), file)
     return losses
 
 if __name__ == '__main__': train(*sys.argv[1:])
