@@ -15,10 +15,10 @@ from itertools import groupby
 import kornia, kornia.augmentation as K
 from .data import *
 
-# %% ../nbs/01_augmentations.ipynb #476fe757
+# %% ../nbs/01_augmentations.ipynb #2b62e306
 def _way(x):
     "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
-    return x.device.type=='cpu' and x[0,0].numel()>64**2, torch.half if x.device.type!='cpu' and x.dtype==torch.uint8 else torch.float32
+    return x.device.type=='cpu' and x.shape[-2:].numel()>64**2, torch.half if x.device.type!='cpu' and x.dtype==torch.uint8 else torch.float32
 
 
 def _cubic(x, a=-.5):
@@ -263,7 +263,7 @@ class View:
         return make_views(x, [self])[0]
     def __repr__(self): return f'View({self.size}, {self.min_scale}, {self.max_scale})'
 
-# %% ../nbs/01_augmentations.ipynb #2a2105a3
+# %% ../nbs/01_augmentations.ipynb #768cbe33
 @contextmanager
 def _one_thread(on):
     n = torch.get_num_threads()
@@ -289,15 +289,23 @@ def make_views(
         for _,g in groupby(ids, group):
             g = list(g)
             d = {k: torch.cat([draws[i][k] for i in g]) for k in draws[g[0]]}
-            for i,v in zip(g, pipelines[g[0]].apply(x if x.dtype==torch.uint8 else x.float(), d).chunk(len(g))): outs[i] = v
+            for i,v in zip(g, pipelines[g[0]].apply(x if x.dtype==torch.uint8 else to_unit(x).float(), d).unflatten(0, (len(g),n))): outs[i] = v
     return outs
 
-# %% ../nbs/01_augmentations.ipynb #6709945f
+# %% ../nbs/01_augmentations.ipynb #1539a2a5
 def stats_of(
     pipelines:list # `View`s, and other callables
-)->tuple|None: # Mean and deviation of the channels; None where there is no `View`
-    "What the views are normalised with"
-    return next(((p.mean,p.std) for p in pipelines if isinstance(p, View)), None)
+)->tuple|None: # Mean and deviation of the channels; None where they are not known
+    "What the views are normalised with: what a `View` says, or the `Normalize` in a callable of kornia, torchvision or fastai"
+    return first(map(_stats_in, pipelines), lambda o: o is not None)
+
+def _stats_in(p):
+    if isinstance(p, View): return p.mean,p.std
+    if type(p).__name__=='Normalize':
+        d = getattr(p, 'flags', None) or vars(p)                 # kornia keeps them in flags
+        if 'mean' in d and 'std' in d: return tuple(torch.as_tensor(d[k], dtype=torch.float32).flatten() for k in ('mean','std'))
+    inside = p.children() if isinstance(p, nn.Module) else next((o for k in ('transforms','fs') if isinstance(o:=getattr(p, k, None), (list,tuple,L))), ())
+    return first(map(_stats_in, inside), lambda o: o is not None)
 
 class AugPipelines(list):
     "A list of callables, one a view, that can make all views of a batch together"
@@ -407,7 +415,7 @@ class ColorJitterPerImage(K.ColorJitter):
         on = (params['batch_prob']>.5).cpu()[:,None] & (f!=tensor([1.,1.,1.,0.]))
         return color_jitter(input.float().clamp(0,1), f, params['order'].cpu(), on).to(input.dtype)
 
-# %% ../nbs/01_augmentations.ipynb #205d1329
+# %% ../nbs/01_augmentations.ipynb #661e00cf
 def show_views(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     pipelines:list, # What makes the views
@@ -416,7 +424,7 @@ def show_views(
     axs:np.ndarray|None=None # (n, 1+views) Axes to draw on
 )->np.ndarray: # The Axes
     "Images and their views, a row each"
-    x = to_unit(x[:n])
+    x = to_unit(check_unit(x[:n]))
     views = [to_unit(v).cpu() for v in make_views(x, pipelines)]
     mean,std = (torch.as_tensor(o).cpu()[:,None,None] for o in stats or stats_of(pipelines) or ([0.]*x.shape[1],[1.]*x.shape[1]))
     if axs is None: axs = plt.subplots(len(x), 1+len(views), figsize=(1.3*(1+len(views)),1.35*len(x)), squeeze=False)[1]

@@ -6,13 +6,14 @@
 __all__ = ['atomic_path', 'merge_adapters', 'export_encoder', 'timm_call', 'load_encoder', 'random_state', 'set_random_state',
            'random_kept', 'peek', 'no_fit']
 
-# %% ../nbs/07_checkpoints.ipynb #a0efd84b
+# %% ../nbs/07_checkpoints.ipynb #099cfe05
 from fastai.vision.all import *
 from contextlib import contextmanager,suppress
 import json
 import timm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from .data import *
 from .encoders import *
 from .features import *
 
@@ -163,7 +164,7 @@ def random_kept(dls=None):
     try: yield
     finally: set_random_state(state, dls)
 
-# %% ../nbs/07_checkpoints.ipynb #fda6742f
+# %% ../nbs/07_checkpoints.ipynb #65390933
 def peek(
     dls, # DataLoaders
     n:int=1, # Images
@@ -172,8 +173,11 @@ def peek(
     "A few training images, with all random numbers left as they were"
     dl = whole_dl(dls.train)
     with random_kept(dls):
-        b = dl.new(bs=min(n,dl.n), shuffle=shuffle, drop_last=False).one_batch() if isinstance(dl, DataLoader) else first(dl)
-        return tuple(to_device(b if isinstance(b, (tuple,list)) else (b,), getattr(dls,'device',None)))
+        b = dl.new(bs=min(n, ifnone(dl.n, n)), shuffle=shuffle and dl.indexed, drop_last=False).one_batch() if isinstance(dl, DataLoader) else first(dl)
+        if b is None: raise ValueError("the training loader gives no batch: pass one with images, or with a smaller batch size")
+        b = image_batch(b)
+        if dl_normalize(dl) is None: check_unit(b[0])
+        return tuple(to_device(b, getattr(dls,'device',None)))
 
 # %% ../nbs/07_checkpoints.ipynb #3a52ce94
 def no_fit(

@@ -92,7 +92,7 @@ def _device():
     "Where the processes talk"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/09_distributed.ipynb #e555d2d3
+# %% ../nbs/09_distributed.ipynb #d2ae9e93
 def joint_len(
     n:int, # Images
     bs:int, # Images in a batch of one process
@@ -111,7 +111,7 @@ class JointDL(DistributedDL):
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=_device())
         dist.broadcast(t, rank)
-        return t.tolist()
+        return t.cpu().numpy() if self.drop_last else t.tolist()
 
     @property
     def rng(self): return self.dl.rng
@@ -121,14 +121,14 @@ class JointDL(DistributedDL):
     def __len__(self): return joint_len(ifnone(self.dl.n, len(self.dl.dataset)), self.bs, self.world_size, self.drop_last)
 
     def get_idxs(self):
-        idxs = list(self.dl.get_idxs())
+        idxs = np.asarray(self.dl.get_idxs())
         self.n = self.n_padded = len(idxs)
-        if not idxs: return idxs                                 # no talk: a process with a progress bar skips an empty validation, one without does not
+        if not len(idxs): return idxs                                 # no talk: a process with a progress bar skips an empty validation, one without does not
         if not self.drop_last: return super().get_idxs()
         idxs  = self._broadcast(idxs, 0)
         joint = self.bs*self.world_size
         self.n = self.n_padded = len(idxs)//joint*joint
-        return [i for b in range(0, self.n, joint) for i in idxs[b+self.rank*self.bs : b+(self.rank+1)*self.bs]]
+        return idxs[:self.n].reshape(-1, self.world_size, self.bs)[:,self.rank].flatten()
 
 def joint_dls(
     dls:DataLoaders # Whose loaders fastai may have wrapped

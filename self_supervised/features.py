@@ -13,7 +13,7 @@ from fastprogress.fastprogress import progress_bar
 from .data import *
 from .encoders import *
 
-# %% ../nbs/06_features.ipynb #b6fb5db0
+# %% ../nbs/06_features.ipynb #b519803e
 def norm_stats(
     x:Learner|nn.Module # What `encoder_of` takes
 )->tuple|None: # Mean and deviation, (C,) each; None where the model does not say
@@ -37,10 +37,7 @@ class _Renorm:
     def __call__(self, x):
         x = to_unit(x)
         if self.stats is None: return x
-        if self.norm is None and not self.given and x.numel():
-            low,high = (o.item() for o in x.aminmax())
-            if low<-.2 or high>1.2: raise ValueError(f"images from {low:.1f} to {high:.1f}, but the model normalises images in [0,1] itself: pass uint8, or floats in [0,1]; "
-                                                     "or say what to normalise with, stats=([0]*3,[1]*3) where that was done already")
+        if self.norm is None and not self.given: check_unit(x, ", for the model does so itself; or say what to normalise with, stats=([0]*3,[1]*3) where that was done already")
         if self.norm is not None: x = x*self.norm.std.to(x.device)[0] + self.norm.mean.to(x.device)[0]
         mean,std = (o.to(x.device, x.dtype)[:,None,None] for o in self.stats)
         if len(mean)!=x.shape[1]: raise ValueError(f"images of {x.shape[1]} channels for a model with statistics of {len(mean)}: pass stats=(means, deviations)")
@@ -101,7 +98,7 @@ def plain_dl(
         dl.before_iter = before_iter
     return dl
 
-# %% ../nbs/06_features.ipynb #faa2b6c8
+# %% ../nbs/06_features.ipynb #ab954f2c
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -157,7 +154,7 @@ def autocast_to(
 @delegates(encode)
 def extract_features(
     model:Learner|nn.Module, # A Learner, a model with teacher and student, a wrapper or an encoder
-    dl:DataLoader, # Batches (x,) or (x,y): fastai's, PyTorch's, or any iterable
+    dl:DataLoader, # Batches that `image_batch` takes, with labels or without: fastai's, PyTorch's, or any iterable
     n_blocks:int=1, # Class tokens of this many last blocks, for a timm vision transformer
     avgpool:bool=False, # Add the mean of the last block's patch tokens?
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
@@ -171,6 +168,7 @@ def extract_features(
     "Features of all images of a DataLoader, normalised as the model was trained, on the device of the model"
     if file and Path(file).suffix!='.npy': raise ValueError(f"{file}: pass a name that ends in .npy")
     if file and dtype==torch.bfloat16: raise ValueError("NumPy's files have no bfloat16: pass dtype=torch.float16 or torch.float32")
+    if isinstance(dl, DataLoaders): raise ValueError(f"DataLoaders of {len(dl.loaders)} loaders, where one is expected: pass dls.train or dls.valid")
     enc = encoder_of(model, who)
     dev = device_of(enc)
     dl  = plain_dl(dl)
@@ -179,7 +177,7 @@ def extract_features(
     try:
         with torch.no_grad(), eval_mode(enc), eager(enc):
             for b in progress_bar(dl, leave=False) if progress else dl:
-                x,*y = b if isinstance(b, (tuple,list)) else (b,)
+                x,*y = image_batch(b)
                 with autocast_to(precision, dev): f = encode(enc, renorm(x.to(dev)), n_blocks, avgpool, **kwargs)
                 rows.add(f)
                 if y: targs.add(torch.as_tensor(y[0]))

@@ -20,7 +20,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/45_report.ipynb #cfc79734
+# %% ../nbs/45_report.ipynb #75d8b90e
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG to write
@@ -41,7 +41,7 @@ def run_pictures(
     "Draw attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
     dls = ifnone(dls, learn.dls)
     batches = list(itertools.islice(plain_dl(dls[1] if len(dls[1]) else dls[0]), 16))
-    batches = [b if isinstance(b, (tuple,list)) else (b,) for b in batches]
+    batches = [image_batch(b) for b in batches]
     x,enc = torch.cat([b[0].as_subclass(Tensor) for b in batches]),encoder_of(learn)
     if hasattr(enc, 'num_prefix_tokens') and nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.fused_attn') is not None:
         s = nested_attr(first(getattr(_method(learn), 'aug_pipelines', [])), 'size', x.shape[-1])

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['layer_groups', 'layer_lrs', 'Classifier', 'classifier_splitter', 'finetune_learner']
 
-# %% ../../nbs/13_evaluation.finetune.ipynb #531cd6fb
+# %% ../../nbs/13_evaluation.finetune.ipynb #477149b2
 from fastai.vision.all import *
 from timm.models import group_parameters
+from ..data import *
 from ..encoders import *
 from ..features import *
 
@@ -36,7 +37,7 @@ def layer_lrs(
     n = len(learn.splitter(learn.model))
     return [lr*decay**(n-1-i) for i in range(n)]
 
-# %% ../../nbs/13_evaluation.finetune.ipynb #59eeefc6
+# %% ../../nbs/13_evaluation.finetune.ipynb #8416535c
 class Classifier(nn.Sequential):
     "An encoder and a linear layer, for images in [0,1]"
     def __init__(self,
@@ -58,6 +59,7 @@ class Classifier(nn.Sequential):
     def forward(self,
         x:Tensor # Images (bs,C,H,W)
     )->Tensor: # Logits (bs,n_out)
+        x = to_unit(x)
         return super().forward((x-self.mean[:,None,None])/self.std[:,None,None])
 
 def classifier_splitter(
@@ -77,11 +79,12 @@ def finetune_learner(
     **kwargs
 )->Learner: # Frozen but for the head until `unfreeze` or `fine_tune`
     "A learner that trains a classifier on the encoder"
-    stats = stats or norm_stats(encoder)
+    given,stats,dls = stats is not None,stats or norm_stats(encoder),image_dls(dls)
     n_out = n_out or (getattr(dls, 'c', None) if hasattr(dls, 'vocab') else None)
     b     = first(dls[0])
     if b is None: raise ValueError(f"{len(dls[0].dataset)} training images are fewer than a batch: make the DataLoaders with a smaller bs")
-    if not isinstance(b, (tuple,list)) or len(b)<2: raise ValueError("the DataLoaders give images without labels: pass labelled ones, such as ImageDataLoaders.from_folder")
+    b     = image_batch(b)
+    if len(b)<2: raise ValueError("the DataLoaders give images without labels: pass labelled ones, such as ImageDataLoaders.from_folder")
     x,y   = b[0],b[1]
     if n_out is None:
         if y.ndim!=1 or y.is_floating_point(): raise ValueError(f"the DataLoaders do not say how many classes there are, and labels have shape {tuple(y.shape)}: pass n_out")
@@ -91,6 +94,7 @@ def finetune_learner(
         if not all(torch.allclose(torch.as_tensor(s).float().flatten().cpu(), o.float().flatten().cpu(), atol=1e-3) for s,o in zip(stats, (norm.mean,norm.std))):
             raise ValueError("the DataLoaders normalise with other statistics than the encoder was trained with: remove their Normalize, the model does it itself")
         stats = None                                             # once is enough
+    elif stats is not None and not given: check_unit(x, ", for the classifier does so itself; or say what to normalise with, stats=([0]*3,[1]*3) where that was done already")
     with says_what_fits(encoder_of(encoder, who), x): pass
     model = Classifier(deepcopy(encoder_of(encoder, who)), n_out, stats, ps, x.shape[1], tuple(x.shape[-2:]))
     for p in model.parameters(): p.requires_grad_(True)          # a teacher's are frozen

@@ -50,7 +50,7 @@ def accuracy_of(
     best = scores.topk(min(top, scores.shape[1]), 1).indices
     return (best==y.to(scores.device)[:,None]).any(1).float().mean().item()
 
-# %% ../../nbs/10_evaluation.knn.ipynb #e49e20d3
+# %% ../../nbs/10_evaluation.knn.ipynb #3666f02f
 def group_split(
     y:Tensor, # Classes, (n,)
     groups:list, # The group of each image: numbers or names, (n,)
@@ -95,6 +95,8 @@ def split_features(
     **kwargs
 )->tuple: # Features and classes of the training images, and of the test images: (n,d), (n,), (m,d), (m,)
     "What every classifier on frozen features starts from"
+    if not hasattr(dls, '__getitem__') or isinstance(dls, DataLoader) or len(dls)<2:
+        raise ValueError(f"{type(dls).__name__} of one loader, where two are expected: pass DataLoaders with one to train and one to test on")
     if kwargs.get('file'): raise ValueError("file= holds the features of one loader: call extract_features for each")
     if groups is not None and not all(_in_order(dl) for dl in (dls[0],dls[1])):
         raise ValueError("a shuffled PyTorch DataLoader gives images in an order that the groups do not know: pass shuffle=False, drop_last=False, or fastai DataLoaders")

@@ -22,7 +22,7 @@ from ..distributed import *
 from ..monitors import *
 from ..memory import *
 
-# %% ../../nbs/30_vision.core.ipynb #315aea5a
+# %% ../../nbs/30_vision.core.ipynb #45923f07
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -43,10 +43,11 @@ class StudentModel(Module):
 
     def forward(self,
         x:Tensor|list, # Images, or a list of views
-        feats:bool=False # Give (features, output)?
+        feats:bool=False # Give (features, output)? The output alone where `split_forward` has no features
     )->Tensor|tuple: # (n_views*bs, n_out), crop-major
-        out = split_forward(self.student, x)
-        return out if feats else out[1]
+        return self._given(*split_forward(self.student, x), feats)
+
+    def _given(self, f, out, feats): return (f,out) if feats and f is not None else out    # mixed precision cannot make floats of a None
 
     def set_stats(self, mean, std):
         "The statistics that images are normalised with, (C,) each"
@@ -80,7 +81,7 @@ class TeacherStudentModel(StudentModel):
     def forward(self, x, feats=False):
         f,out = split_forward(self.student, x)
         if self.predictor is not None: out = self.predictor(out)
-        return (f,out) if feats else out
+        return self._given(f, out, feats)
 
     def train(self, mode=True):
         "In training the teacher's norm layers use the batch, as in the reference, but it drops neither paths nor units"
@@ -160,16 +161,20 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #e13b4bea
+# %% ../../nbs/30_vision.core.ipynb #b411c62f
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
     def __init__(self,
         aug_pipelines:list, # One callable a view: (bs,C,H,W) in [0,1] to (bs,C,size,size)
         large_crop_ids:tuple=(0,1), # Which of them are global: seen by a teacher, or paired with all others
-        clip:float|None=None # Largest norm of each parameter's gradient; None: off
+        clip:float|None=None, # Largest norm of each parameter's gradient; None: off
+        stats:tuple|None=None # Mean and deviation that the views are normalised with, where the pipelines do not say; ([0]*3,[1]*3): not at all
     ):
-        self.aug_pipelines,self.large_crop_ids,self.clip,self.old_lf = aug_pipelines,tuple(sorted(set(large_crop_ids))),clip,None
+        self.aug_pipelines,self.large_crop_ids,self.clip,self.stats,self.old_lf = aug_pipelines,tuple(sorted(set(large_crop_ids))),clip,stats,None
+        known = self.known_stats
+        if known and stats and not all(np.allclose(a, torch.as_tensor(b).flatten().cpu(), atol=1e-3) for a,b in zip(stats, known)):
+            raise ValueError(f"stats={stats}, but the pipelines normalise with {tuple(torch.as_tensor(o).flatten().tolist() for o in known)}: leave stats out, or make the pipelines with these")
         self.auto = None                                         # settings that `pretrain` chooses, with the values that it gave them
         if max(self.large_crop_ids)>=len(aug_pipelines) or self.large_crop_ids[0]<0: raise ValueError(f"large_crop_ids={self.large_crop_ids} but only {len(aug_pipelines)} pipelines: ids count from 0")
 
@@ -187,17 +192,21 @@ class MultiView(Callback):
     def n_views(self): return len(self.aug_pipelines)
 
     @property
-    def aside(self): return hasattr(self.learn, 'gather_preds')  # get_preds, summary, predict: the model alone is asked
+    def known_stats(self): return getattr(self.aug_pipelines, 'stats', None) or stats_of(self.aug_pipelines)
+
+    @property
+    def aside(self): return hasattr(self.learn, 'gather_preds')  # get_preds, summary, predict: no views are made
 
     def before_fit(self):
         if self.aside: return
+        self.learn.dls,self.seen_range = image_dls(self.dls),False
+        n_images(self.dls.train)
         self._check_dls()
         joint_dls(self.dls)
         if self.learn.loss_func!=self.lf: self.old_lf,self.learn.loss_func = self.learn.loss_func,self.lf   # Ctrl-C may have left ours there
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
-        stats = getattr(self.aug_pipelines, 'stats', None) or stats_of(self.aug_pipelines)
-        if stats is not None: self.nets.set_stats(*stats)
+        self._set_stats()
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
             self.learn.recorder.train_metrics,self.learn.recorder.valid_metrics = True,False    # else the table holds None, which TensorBoard refuses
@@ -213,6 +222,12 @@ class MultiView(Callback):
     def after_fit(self):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf
         self.learn.global_feats = None
+
+    def _set_stats(self):
+        if stats := self.stats or self.known_stats: return self.nets.set_stats(*stats)
+        self.stats = m,s = tuple(o.tolist() for o in (self.nets.mean,self.nets.std))                             # said once
+        warnings.warn(f"the pipelines do not say what they normalise the views with: images that are evaluated will be normalised with what the model has, mean {np.round(m,3).tolist()} and "
+                      f"standard deviation {np.round(s,3).tolist()}; if the views are normalised otherwise, pass {type(self).__name__}(..., stats=(means, deviations)), ([0]*{len(m)},[1]*{len(m)}) if not at all")
 
     needs = ('student',)                                         # what the model must have
     def _check_model(self):
@@ -235,8 +250,14 @@ class MultiView(Callback):
             make = getattr(self.aug_pipelines, 'views', None)
             return make(x) if make else make_views(x, self.aug_pipelines)
 
+    def _check_range(self, x):                                   # waits for the device: once a fit
+        self.seen_range = True
+        if x.ndim!=4: raise ValueError(f"a batch of shape {tuple(x.shape)}, where images (bs,C,H,W) are expected: change what the data set gives")
+        check_unit(x)
+
     def before_batch(self):
         if self.aside: return setattr(self.learn, 'xb', (to_unit(self.xb[0]),*self.xb[1:]))
+        if not self.seen_range: self._check_range(self.xb[0])
         views = self.make_views(self.xb[0])
         self.learn.xb,self.learn.yb = (views,*self.inputs(views)),self.targets(views)
 
@@ -244,7 +265,8 @@ class MultiView(Callback):
     def targets(self, views): return (views[0],)                 # something with bs rows: fastai takes the batch size from it
 
     def after_pred(self):
-        if self.aside or not isinstance(self.pred, tuple): return
+        if self.aside: return setattr(self.learn, 'pred', extract_features(self.learn, [self.xb[:1]])[0])
+        if not isinstance(self.pred, tuple): return
         feats,self.learn.pred = self.pred
         if feats is not None: self.learn.global_feats = torch.cat([feats.detach().chunk(self.n_views)[i] for i in self.large_crop_ids]).float()
 
@@ -259,7 +281,7 @@ class MultiView(Callback):
         "The views of a batch of training images, without touching the run"
         with random_kept(): return show_views(peek(self.dls, n, shuffle=True)[0], self.aug_pipelines, n, **kwargs)
 
-# %% ../../nbs/30_vision.core.ipynb #70547e2f
+# %% ../../nbs/30_vision.core.ipynb #b206e0fb
 @torch.no_grad()
 def ema_update(
     teacher:nn.Module, # Moves
@@ -282,9 +304,10 @@ class TeacherStudent(MultiView):
         tmom_end:float|None=1., # ... and at the end; None: as at the start
         tmom_sched:Callable=SchedCos, # ... and in between, by the iteration
         teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
-        clip:float|None=None # Largest norm of each parameter's gradient; None: off
+        clip:float|None=None, # Largest norm of each parameter's gradient; None: off
+        stats:tuple|None=None # Mean and deviation that the views are normalised with, where the pipelines do not say; ([0]*3,[1]*3): not at all
     ):
-        super().__init__(aug_pipelines, large_crop_ids, clip)
+        super().__init__(aug_pipelines, large_crop_ids, clip, stats)
         store_attr('tmom_start,tmom_end,tmom_sched,teacher')
         if teacher not in _moves: raise ValueError(f"teacher={teacher!r}: pass {', '.join(map(repr, _moves))}")
 
@@ -349,7 +372,7 @@ def precision_cb(
     if precision not in ('fp32','bf16','fp16'): raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16' or None")
     return None if precision=='fp32' else AnyMixedPrecision(precision)
 
-# %% ../../nbs/30_vision.core.ipynb #ebcd335f
+# %% ../../nbs/30_vision.core.ipynb #e77b4a4c
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -390,9 +413,12 @@ def method_learner(
     known = lambda f: inspect.signature(f).parameters
     of    = lambda f: {k:kwargs.pop(k) for k in list(kwargs) if k in known(f)}
     if 'lr' in kwargs or 'wd' in kwargs: raise TypeError("lr and wd belong to learn.fit_dino or learn.pretrain: pass them there")
+    dls   = image_dls(dls)
+    n     = n_images(dls.train)
     x,*y  = peek(dls, 2)
+    if x.ndim!=4: raise ValueError(f"batches of shape {tuple(x.shape)}, where images (bs,C,H,W) are expected: change what the data set gives")
     n_in,size = x.shape[1],min(x.shape[-2:])
-    d     = method.defaults(len(dls.train_ds), find_bs_of(dls), 100)
+    d     = method.defaults(n, find_bs_of(dls), 100)
     cb_kw,learn_kw = of(method.__init__),of(Learner.__init__)
     built = hasattr(arch, 'student')
     wrong = set(kwargs) if built else set(kwargs)-set(known(method.create)) if isinstance(arch, nn.Module) else set()    # a timm model says itself what it does not know
@@ -402,20 +428,19 @@ def method_learner(
         model_kw = merge({k:v for k,v in d.items() if k in known(method.create)}, dict(n_in=n_in), {'size':size} if isinstance(arch, nn.Module) else {}, kwargs)
         model = method.create(arch, **model_kw)
     enc = encoder_of(model)
-    if aug_pipelines is None: aug_pipelines = method.views(crop_sizes=crop_sizes_for(size, enc), n_in=n_in, **(dict(stats=(model.mean,model.std)) if n_in==3 else {}))
+    if aug_pipelines is None: aug_pipelines = method.views(crop_sizes=crop_sizes_for(size, enc), n_in=n_in, **(dict(stats=cb_kw.get('stats') or (model.mean,model.std)) if n_in==3 or cb_kw.get('stats') else {}))
     cb = method(aug_pipelines, **cb_kw)
     with random_kept(): check_sizes(enc, [tuple(v.shape[-2:]) for v in cb.make_views(x)], n_in)
     if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
     if compile:
         for net in L(getattr(model, o, None) for o in ('student','teacher')).filter(): (net[0] if isinstance(net, nn.Sequential) and isinstance(net[0], MultiCropWrapper) else net).compile()
     cb.auto = {k:getattr(cb,k) for k in known(method.__init__) if k in d and k not in cb_kw}
-    n = len(dls.train_ds)
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     knn = KNNMonitor(dls, k=min(20,n)) if classes and len(dls.valid)>0 and n<=20_000 else None
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
-# %% ../../nbs/30_vision.core.ipynb #afe778f4
+# %% ../../nbs/30_vision.core.ipynb #d3175091
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -425,10 +450,10 @@ def fit_settings(
 )->tuple: # The method, its settings, and batches an epoch, images a batch, processes, batches a step
     "What a fit goes by where nothing is given: the method's defaults for a `method_learner`, else the paper's"
     both,bs,n_proc = learn.cbs+L(cbs),find_bs_of(learn.dls),max(1,num_distrib())
-    n    = len(learn.dls.train) if n_proc==1 else joint_len(len(learn.dls.train_ds), bs, n_proc, learn.dls.train.drop_last)
+    n    = len(learn.dls.train) if n_proc==1 else joint_len(n_images(learn.dls.train), bs, n_proc, learn.dls.train.drop_last)
     method = first(both, lambda o: 'auto' in vars(o))            # not isinstance: a notebook that runs this cell has another MultiView than the module
     if method is None: raise ValueError("pretrain needs a method: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
-    if n==0: raise ValueError(f"{len(learn.dls.train_ds)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
+    if n==0: raise ValueError(f"{n_images(learn.dls.train)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
     acc = first(both, lambda o: isinstance(o, GradientAccumulation))
     n_acc = math.ceil(acc.n_acc/bs) if acc else 1
     d = _paper if method.auto is None else method.defaults(n*bs*n_proc, bs*n_proc, n_epoch, total_params(encoder_of(learn))[0], n_acc)

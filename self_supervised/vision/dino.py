@@ -92,7 +92,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/31_vision.dino.ipynb #cde1b6f4
+# %% ../../nbs/31_vision.dino.ipynb #f67453c4
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -125,9 +125,10 @@ class DINO(TeacherStudent):
         chunked_loss:bool=False, # Never hold the logits of all views at a time? Less memory where K is large, the same numbers
         target:str|Callable='centering', # 'centering', 'sinkhorn', 'softmax' over the batch, 'none'; or a function of teacher logits, centre and temperature
         loss:str|Callable='cross_entropy', # 'cross_entropy' or 'mse'; or a function of student logits, targets, temperature and `large_crop_ids`
-        teacher:str='momentum' # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
+        teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
+        stats:tuple|None=None # Mean and deviation that the views are normalised with, where the pipelines do not say; ([0]*3,[1]*3): not at all
     ):
-        super().__init__(aug_pipelines, large_crop_ids, tmom_start, tmom_end, tmom_sched, teacher, clip)
+        super().__init__(aug_pipelines, large_crop_ids, tmom_start, tmom_end, tmom_sched, teacher, clip, stats)
         store_attr('cmom,tpt_start,tpt_end,tpt_warmup_pct,tpt_sched,tps,freeze_last_layer,chunked_loss,target,loss')
         _switch('target', target, dino_targets); _switch('loss', loss, dino_losses)
         if chunked_loss and loss!='cross_entropy': raise ValueError("chunked_loss=True is for loss='cross_entropy'")
@@ -141,6 +142,8 @@ class DINO(TeacherStudent):
         last = self.nets.student[-1] if isinstance(self.nets.student, nn.Sequential) else self.nets.student
         if self.chunked_loss and not (hasattr(last, 'rows') and hasattr(last, 'last_layer')):
             raise ValueError(f"chunked_loss=True needs a student that ends in a DINOHead, and this one ends in a {type(last).__name__}: pass chunked_loss=False")
+        if len(self.parts) and not isinstance(self.nets.student, nn.Sequential):
+            raise ValueError(f"{self.parts[0].name} needs a student nn.Sequential(encoder, head), whose features it can see, and this one is a {type(self.nets.student).__name__}: leave parts out, or build it so")
         self.means = {}
         set_metrics(self.learn, teacher_entropy=self.mean_entropy, kl=self.mean_kl, **{p.name: partial(self.mean_of, p.name) for p in self.parts})
         self._forget()
