@@ -6,7 +6,7 @@
 __all__ = ['atomic_path', 'merge_adapters', 'export_encoder', 'timm_call', 'load_encoder', 'random_state', 'set_random_state',
            'random_kept', 'peek', 'no_fit']
 
-# %% ../nbs/07_checkpoints.ipynb #099cfe05
+# %% ../nbs/07_checkpoints.ipynb #8b224b0a
 from fastai.vision.all import *
 from contextlib import contextmanager,suppress
 import json
@@ -14,10 +14,11 @@ import timm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .data import *
+from .plain import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #84a1a305
+# %% ../nbs/07_checkpoints.ipynb #5a66f41a
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -64,9 +65,9 @@ def export_encoder(
     enc,stats,file = merge_adapters(encoder_of(learn_or_model, who)),norm_stats(learn_or_model),Path(file)
     if file.suffix!='.safetensors': raise ValueError(f"{file}: pass a name that ends in .safetensors, from which timm tells the format")
     args = getattr(enc, 'timm_args', None)
-    meta = dict(args=args, img_size=nested_attr(enc, 'patch_embed.img_size'), n_in=(args or {}).get('in_chans'),
+    meta = dict(args=args and pack_layers(args), img_size=nested_attr(enc, 'patch_embed.img_size'), n_in=(args or {}).get('in_chans'),
                 mean=stats and _rounded(stats[0]), std=stats and _rounded(stats[1]))
-    meta = {'arch': (args or {}).get('model_name', type(enc).__name__), 'who': who} | {k:json.dumps(v) for k,v in meta.items() if v is not None}
+    meta = {'arch': (args or {}).get('model_name', type(enc).__name__), 'who': who} | {k:json.dumps(to_plain(v)) for k,v in meta.items() if v is not None}
     with atomic_path(file) as tmp: save_file({k:v.detach().cpu().contiguous().clone() for k,v in enc.state_dict().items()}, tmp, meta)
     if verbose: print(timm_call(file) or f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
     return file
@@ -78,7 +79,7 @@ def timm_call(
     with safe_open(file, 'pt') as f: meta = {k:json.loads(v) for k,v in (f.metadata() or {}).items() if k in ('args','mean','std')}
     args,mean,std = (meta.get(k) for k in ('args','mean','std'))
     if not args: return None
-    call = ', '.join([repr(args['model_name'])] + [f'{k}={v!r}' for k,v in args.items() if k!='model_name'])
+    call = ', '.join([repr(args['model_name'])] + [f'{k}={layer_code(v)}' for k,v in args.items() if k!='model_name'])
     norm = f", pretrained_cfg_overlay=dict(mean={tuple(mean)}, std={tuple(std)})" if mean else ''
     return f"timm.create_model({call}, checkpoint_path={str(file)!r}{norm})"
 
@@ -88,7 +89,7 @@ def _build(meta, file):
     "The encoder of timm's arguments in `meta`"
     if 'args' not in meta: raise ValueError(f"{file} holds the weights of a {meta.get('arch','module')} that timm does not know: pass the module as encoder=; {_foreign}")
     try:
-        args = dict(meta['args'])
+        args = unpack_layers(dict(meta['args']))
         if outside := {'pretrained','pretrained_cfg','pretrained_cfg_overlay','checkpoint_path','cache_dir'} & set(args): raise ValueError(f"it asks for other files, by {min(outside)}")
         return create_encoder(args.pop('model_name'), n_in=args.pop('in_chans'), **{k:v for k,v in args.items() if k!='num_classes'})
     except Exception as e: raise ValueError(f"{file} describes an encoder that cannot be built ({first_line(e)}): export it again, or pass the module as encoder=") from e

@@ -70,12 +70,12 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #8438ff1f
+# %% ../nbs/50_cli.ipynb #7f17079f
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
 
-_choices = dict(method=methods, optimizer=_opts, precision=(None,'fp32','bf16','fp16'))
+_choices = dict(method=methods, optimizer=_opts, precision=(None,'fp32','bf16','fp16'), more_epochs=('replan','hold'))
 
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
@@ -90,7 +90,7 @@ def _check(args, out):
         if v is None or v>=low and (high is None or v<=high) and v<math.inf: continue
         raise ValueError(f"--{k.replace('_','-')} {v}: pass {low} or more" + (f", {high} or less" if high is not None else ''))
     for k in _choices:
-        if args[k] not in _choices[k]: raise ValueError(f"--{k} {args[k]}: pass one of {', '.join(o for o in _choices[k] if o)}")
+        if args[k] not in _choices[k]: raise ValueError(f"--{k.replace('_','-')} {args[k]}: pass one of {', '.join(o for o in _choices[k] if o)}")
     if args['n_in'] not in (1,3):
         raise ValueError(f"--n-in {args['n_in']}: this command opens colour images (3) or grey ones (1); for others call unlabelled_dls with an open_fn")
     if args['labels'] and args['path'] is None: raise ValueError("--labels without --path: the digits have labels of their own; pass --path IMAGES")
@@ -105,7 +105,7 @@ def _fits_method(kind, given):
     wrong = [f"--{_option.get(k, k.replace('_','-'))}" for k in given if k not in takes]
     if wrong: raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; leave it out, or choose a --method that has")
 
-_may_change = ('path','labels','out','resume','overwrite','epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss','no_report')        # between a run and its resumption
+_may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss','no_report')        # between a run and its resumption
 
 def dino_train(
     path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
@@ -123,6 +123,7 @@ def dino_train(
     cache:bool=False, # Open each file once, and keep the middle square of all on the device: for what fits into its memory
     precision:str=None, # fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)
     resume:bool=False, # Go on with the run in --out
+    more_epochs:str='replan', # With --resume and more epochs than planned: replan the schedules of learning rate and weight decay, or hold their end values
     overwrite:bool=False, # Start anew over a run in --out
     saveckp_freq:int=20, # Keep a checkpoint every so many epochs, beside the one of the last epoch; 0: none
     lr:float=None, # Peak learning rate for a batch of 256, scaled to yours. Try decreasing it if the loss jumps
@@ -202,8 +203,9 @@ def dino_train(
     if not rank: print(f"{arch}, {n/1e6:.2f} million parameters, on {len(dls.train_ds)} images: {epochs} epochs of {joint_len(len(dls.train_ds), bs, n_proc, True)} batches of {bs}"
                        f"{f' in each of {n_proc} processes' if n_proc>1 else ''}, {len(pipes)} views, {f'K={learn.model.C.shape[1]}' if hasattr(learn.model, 'C') else kind.__name__}, on {dls.device}")
     start,cpu = time.time(),torch.device(dls.device).type=='cpu'
-    keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change} | dict(images=len(dls.train_ds)))
+    keep  = RunCheckpoint(out, resume, saveckp_freq, {k:v for k,v in args.items() if k not in _may_change} | dict(images=len(dls.train_ds)), more_epochs=more_epochs)
     limit = L(TimeLimit(max_hours) if max_hours else None).filter()
+    fit_settings(learn, epochs)                                  # refuses a run that cannot learn
     if overwrite and not resume and not rank:                    # now that all else is in order: --resume would go on from them
         for o in out.glob('checkpoint*.pth'): o.unlink()
     if resume and not rank and not any(out.glob('checkpoint*.pth')): print(f"{out} holds no checkpoint to resume from: starting anew")

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['open_encoder', 'device_named', 'dino_eval', 'dino_attention', 'eval_main', 'attention_main']
 
-# %% ../nbs/51_cli_eval.ipynb #021327f6
+# %% ../nbs/51_cli_eval.ipynb #24049e1d
 from .cli import *
 from fastai.vision.all import *
 from typing import Annotated
 import inspect, json, platform
 import timm
+from .plain import *
 from .data import *
 from .encoders import *
 from .features import *
@@ -46,7 +47,7 @@ def open_encoder(
     if pretrained and not timm.is_model_pretrained(str(src)): raise ValueError(f"--pretrained: timm has no released weights of {src}; leave it out for an untrained network")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/51_cli_eval.ipynb #b82929ad
+# %% ../nbs/51_cli_eval.ipynb #e090f3cf
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
@@ -151,14 +152,7 @@ def device_named(
     if dev.type!='cpu' and (dev.index or 0)>=torch.accelerator.device_count(): raise ValueError(f"--device {name}: this machine has {dev.type}:0 to {dev.type}:{torch.accelerator.device_count()-1}")
     return dev
 
-def _plain(o):
-    "What JSON has a word for: it knows no NaN"
-    if isinstance(o, dict): return {str(k):_plain(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
-    o = o.item() if isinstance(o, np.generic) else o
-    return None if isinstance(o, float) and not math.isfinite(o) else o if isinstance(o, (int,float,str,bool,type(None))) else str(o)
-
-# %% ../nbs/51_cli_eval.ipynb #01b816f9
+# %% ../nbs/51_cli_eval.ipynb #ad5c59f3
 def dino_eval(
     protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
     encoder:Annotated[str, {'nargs':'+'}]=None, # Files of export_encoder, checkpoints or folders of runs, timm names, pixels: several stand in one table
@@ -215,7 +209,7 @@ def dino_eval(
     table = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
     res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
                  settings={o:a[o] for o in _options[protocol]}, versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
-    with atomic_path(out) as tmp: tmp.write_text(json.dumps(_plain(res), indent=1, allow_nan=False))
+    with atomic_path(out) as tmp: tmp.write_text(json.dumps(to_plain(res, other=str), indent=1, allow_nan=False))
     print(table.to_string())
     print(f"{' '.join(encoders)} on {res['data']}, {res['seconds']} s; the table is in {out}")
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"

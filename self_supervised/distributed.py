@@ -6,7 +6,7 @@
 __all__ = ['n_processes', 'sum_processes', 'gather_rows', 'joint_rows', 'gather_objects', 'shared_features', 'joint_len',
            'JointDL', 'joint_dls']
 
-# %% ../nbs/09_distributed.ipynb #fa9defbc
+# %% ../nbs/09_distributed.ipynb #79d8c106
 from fastai.vision.all import *
 import torch.distributed as dist
 try: from fastai.distributed import DistributedDL
@@ -15,6 +15,7 @@ except NameError:                                                # fastai's need
     @patch
     def distrib_ctx(self:Learner, *args, **kwargs): need_extra('learn.distrib_ctx', 'dist', 'accelerate')
 from .data import *
+from .encoders import *
 from .features import *
 
 # %% ../nbs/09_distributed.ipynb #82db21ca
@@ -69,7 +70,7 @@ def gather_objects(
     dist.all_gather_object(outs, o)
     return outs
 
-# %% ../nbs/09_distributed.ipynb #f6181fea
+# %% ../nbs/09_distributed.ipynb #6431827f
 @delegates(extract_features, but=['file'])
 def shared_features(
     model:Learner|nn.Module, # What `extract_features` takes
@@ -83,7 +84,12 @@ def shared_features(
     if n<w: return extract_features(model, dl, **kwargs)
     idxs = list(range(n))[dist.get_rank()::w]
     dl.get_idxs = lambda: idxs
-    f,y  = extract_features(model, dl, **kwargs)
+    try: (f,y),failed = extract_features(model, dl, **kwargs),None
+    except Exception as e: failed = e
+    if any(said := gather_objects(failed and f'{type(failed).__name__}: {first_line(failed)}')):            # else the others would wait for its rows for ever
+        e = failed or RuntimeError(f"features could not be computed in process {[bool(o) for o in said].index(True)} ({first(said, bool)})")
+        e.in_all_processes = True                                # they go on, or end, together
+        raise e
     order = torch.cat([torch.arange(n)[r::w] for r in range(w)]).argsort()
     back  = lambda t: t if t is None else gather_rows(t.to(_device())).cpu()[order]
     return back(f),back(y)

@@ -8,15 +8,16 @@ __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet
            'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size',
            'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens']
 
-# %% ../nbs/02_encoders.ipynb #7a1a025d
+# %% ../nbs/02_encoders.ipynb #4ecd63ea
 from fastai.vision.all import *
 from contextlib import contextmanager
 from itertools import chain
 import inspect
 import timm
 from timm.models import register_model
+from .plain import *
 
-# %% ../nbs/02_encoders.ipynb #eb84386c
+# %% ../nbs/02_encoders.ipynb #67f021b0
 def create_encoder(
     arch:str|nn.Module, # A name that `timm.create_model` knows, or a module that turns images into (bs, features)
     pretrained:bool=False, # Start from timm's released weights?
@@ -38,7 +39,10 @@ def create_encoder(
             unknown = [o for o in opts if f"'{o}'" in str(e) and o not in kwargs]
             if not unknown: raise (ValueError(f"{arch} cannot be built with {kwargs}: {e}") if 'unexpected keyword' in str(e) else e) from e
             opts.pop(unknown[0])
-    m.timm_args = {k:v for k,v in merge(dict(model_name=arch, num_classes=0, in_chans=n_in), opts, kwargs).items() if k!='drop_path_rate'}
+    args = {k:v for k,v in merge(dict(model_name=arch, num_classes=0, in_chans=n_in), opts, kwargs).items() if k!='drop_path_rate'}
+    try: pack_layers(args, 'options')
+    except ValueError as e: warnings.warn(f"{arch}: {e}. Files of this encoder will hold its weights alone, as of a module of your own: load them with load_encoder(file, encoder)")
+    else: m.timm_args = args                                     # what builds it again, from a file too
     return m
 
 # %% ../nbs/02_encoders.ipynb #fadf1d0b

@@ -6,9 +6,10 @@
 __all__ = ['methods', 'baselines', 'variants', 'data_sets', 'measure', 'run_variant', 'read_runs', 'ablate', 'ablation_table',
            'plot_ablation']
 
-# %% ../nbs/41_lab.ipynb #41814be6
+# %% ../nbs/41_lab.ipynb #d378960a
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
+from .plain import *
 from .data import *
 from .augmentations import *
 from .encoders import *
@@ -111,9 +112,7 @@ def run_variant(
         out |= {pre+k:v for k,v in measure(learn, dls, who).items()}
     return out
 
-# %% ../nbs/41_lab.ipynb #659e1ae4
-def _plain(o): return {k:_plain(v) for k,v in o.items()} if isinstance(o, dict) else [_plain(v) for v in o] if isinstance(o, (tuple,list)) else o if isinstance(o, (int,float,str,type(None))) else getattr(o, '__name__', str(o))
-
+# %% ../nbs/41_lab.ipynb #0f966acb
 def read_runs(
     out:str|Path # Folder of an ablation
 )->pd.DataFrame: # A row a run
@@ -141,12 +140,12 @@ def ablate(
     dls,pipes = (data_sets[data](bs=bs, holdout=holdout),get_digits_aug_pipelines) if data in data_sets else _folder(data, bs, arch)
     todo  = [(n,s) for s in seeds for n in chosen]
     for name,seed in progress_bar(todo) if progress else todo:
-        what = same | dict(variant=name, seed=seed, settings=_plain(chosen[name]))
+        what = same | dict(variant=name, seed=seed, settings=to_plain(chosen[name], other=str))
         done = [r for r in read_runs(out).to_dict('records') if r['variant']==name and r['seed']==seed]
         if any(r[k]!=what[k] for r in done for k in what):
             raise ValueError(f"{out} holds a run of {name!r}, seed {seed}, with other settings ({', '.join(k for k in what if done[0][k]!=what[k])}): pass another folder")
         if done: continue
-        line = json.dumps(what | run_variant(chosen[name], dls, arch, epochs, seed, pipes))
+        line = json.dumps(to_plain(what | run_variant(chosen[name], dls, arch, epochs, seed, pipes), other=str))
         with open(out/'runs.jsonl', 'a') as f: f.write(line+'\n')
     runs = read_runs(out)
     ablation_table(runs).to_csv(out/'table.csv')

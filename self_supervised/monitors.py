@@ -15,23 +15,57 @@ from .features import *
 from .objectives import *
 from .evaluation.knn import *
 
-# %% ../nbs/20_monitors.ipynb #ec651f7c
+# %% ../nbs/20_monitors.ipynb #ce6f9b0d
+_ends = (CancelFitException, CancelEpochException, CancelTrainException, CancelValidException, CancelBatchException, CancelStepException, CancelBackwardException)
+
+def _value(f, name):
+    "What `f()` gives, or not a number with a warning: the epoch is worth more than a column"
+    try: return f()
+    except Exception as e:
+        if isinstance(e, _ends): raise
+        warnings.warn(f"the column {name!r} could not be computed ({first_line(e)}): it is left out of this epoch, and training goes on")
+        return math.nan
+
 def set_metrics(
     learn:Learner, # The learner whose table they are to be in
     **funcs:Callable # Name of a column, and a function that gives its value
 ):
     "Add columns to the recorder's table, or replace those of the same name"
-    learn.metrics = learn.metrics.filter(lambda m: m.name not in funcs) + L(ValueMetric(f,n) for n,f in funcs.items())
+    learn.metrics = learn.metrics.filter(lambda m: m.name not in funcs) + L(ValueMetric(partial(_value, f, n), n) for n,f in funcs.items())
 
 class Monitor(Callback):
     "Reckons a number after each epoch of training, for the recorder to show"
     order,run_valid,column = MixedPrecision.order+8,False,None   # behind the method (+2), before Recorder (50)
     def before_fit(self):
-        self.number = math.nan                                   # not None, which TensorBoard refuses
+        self.number,self.messages = math.nan,[]                  # not None, which TensorBoard refuses
         if not no_fit(self.learn): set_metrics(self.learn, **{self.column: self.value})
     def value(self): return self.number
 
-# %% ../nbs/20_monitors.ipynb #c31fb991
+    def __call__(self, event_name):
+        "What fails once training has begun is said, and does not cost the epoch; what fails in `before_fit` is raised"
+        try: return super().__call__(event_name)
+        except Exception as e:
+            if event_name=='before_fit' or isinstance(e, _ends) or n_processes()>1 and not getattr(e, 'in_all_processes', False): raise
+            self.number = math.nan
+            self.messages.append(f"epoch {self.epoch}: {self.name} failed ({_cause(e)}): its column is left out of this epoch, and training goes on")
+            if not rank_distrib(): warnings.warn(self.messages[-1])
+
+def _cause(e):
+    "What a callback raised, without the words that fastai puts before it"
+    if isinstance(e, IndexError) and e.__context__ is not None: e = e.__context__          # fastai's own, of an error without a message
+    said = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Exception occured in')]
+    return said[0] if said else type(e).__name__
+
+# %% ../nbs/20_monitors.ipynb #cedd5df5
+_no_labels = "KNNMonitor needs labels, and these DataLoaders have none: pass labelled ones, such as labelled_dls gives"
+
+def _has_labels(dl):
+    "Does the first image have a label? True where that cannot be told: the first measurement will"
+    try:
+        with random_kept(): item = dl.dataset[0]
+    except Exception: return True
+    return not isinstance(item, (tuple,list)) or len(item)>1
+
 class KNNMonitor(Monitor):
     "Top-1 accuracy of the k-NN classifier, of the teacher or the student, after every `every` epochs"
     def __init__(self,
@@ -50,13 +84,14 @@ class KNNMonitor(Monitor):
         super().before_fit()
         n = len(self.labelled[0].dataset) if hasattr(self.labelled[0],'dataset') else self.k
         if n<self.k: raise ValueError(f"{n} labelled images but k={self.k}: pass KNNMonitor(dls, k={n}) or less")
+        if not no_fit(self.learn) and not all(map(_has_labels, (self.labelled[0],self.labelled[1]))): raise ValueError(_no_labels)
 
     def after_train(self):
         self.number = math.nan
         if no_fit(self.learn) or (self.epoch+1)%self.every and self.epoch+1!=self.n_epoch: return
         with random_kept():
             (ftr,ytr),(fte,yte) = (shared_features(self.learn, dl, who=self.who) for dl in (self.labelled[0],self.labelled[1]))
-            if ytr is None or yte is None: raise ValueError("KNNMonitor needs labels, and these DataLoaders have none: pass labelled ones, such as labelled_dls gives")
+            if ytr is None or yte is None: raise ValueError(_no_labels)
             self.number = accuracy_of(knn_classifier(ftr, ytr, fte, self.k, self.T), yte)
 
 # %% ../nbs/20_monitors.ipynb #c48f78d6
@@ -76,10 +111,10 @@ class RankMeMonitor(Monitor):
         if self.rows: self.number = rankme(gather_rows(torch.cat(self.rows))).item()
         self.rows = []
 
-# %% ../nbs/20_monitors.ipynb #6cbf2c02
+# %% ../nbs/20_monitors.ipynb #73eeb6fb
 class CollapseMonitor(Callback):
     "Warns in words when training collapses or does not start, with what to try"
-    order,run_valid = MixedPrecision.order+9,False
+    order,run_valid,remembered = MixedPrecision.order+9,False,('seen',)        # in a resumed run, see `RunCheckpoint`
     def __init__(self,
         patience:int=2 # Epochs that a sign must hold
     ): store_attr()
@@ -144,7 +179,8 @@ class CollapseMonitor(Callback):
     advice = dict(
         nan="Try bf16 or fp32 instead of fp16, a lower lr, or a smaller clip.",
         uniform="The teacher gives every image the same flat answer: the entropy of its targets is ln K (uniform collapse). Try a lower teacher temperature (tpt_start, tpt_end: .02), "
-                "BatchNorm in the head (use_bn=True), fewer prototypes (out_dim), or a lower teacher momentum (tmom_start).",
+                "BatchNorm in the head (use_bn=True), fewer prototypes (out_dim), or a lower teacher momentum (tmom_start). "
+                "Crops that share nothing, too small a part of images with much in them, cannot be matched either: look at them with learn.dino.show(), and raise min_scales.",
         point="The teacher gives every image the same single prototype: the entropy of its targets is near 0 (collapse to one dimension). Check that the centre moves (cmom below 1, default .9). "
               "Try a higher teacher temperature (tpt_start, tpt_end: .04 to .07), a lower lr, or keep the last layer frozen for longer (freeze_last_layer).",
         stuck="The loss stands at ln K or above: the student has learned nothing yet, though the teacher tells images apart. Try a higher lr or a shorter warm-up if training is young, a lower lr if the loss "

@@ -6,23 +6,36 @@
 __all__ = ['RunCheckpoint', 'TimeLimit', 'sigterm_as_interrupt', 'History', 'describe_run', 'read_notes', 'note_run',
            'read_messages', 'RunNotes']
 
-# %% ../nbs/21_runs.ipynb #7e9a0571
+# %% ../nbs/21_runs.ipynb #b22d7a6c
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from contextlib import contextmanager
-import importlib.metadata, inspect, json, platform, signal, threading
+import csv, importlib.metadata, inspect, json, platform, signal, threading
+from .plain import *
 from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #faa87bc0
-def _plain(o):
-    "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
-    if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
-    if isinstance(o, (list,L)): return [_plain(v) for v in o]
-    if isinstance(o, tuple): return tuple(_plain(v) for v in o)
-    if isinstance(o, Path): return str(o)
-    return o.item() if isinstance(o, np.generic) else o.as_subclass(Tensor) if isinstance(o, TensorBase) else o
+# %% ../nbs/21_runs.ipynb #381ffece
+class _AtEpochEnd(Callback):
+    "Calls `epoch_done` once after each epoch that was trained, also where another callback ends the fit in `after_epoch`"
+    run_valid,stage = False,None
+    def before_fit(self):   self.stage = None
+    def before_epoch(self): self.stage = None
+    def before_train(self): self.stage,self.n_rows = None if no_fit(self.learn) else 'training',len(self.recorder.values)
+    def after_train(self):  self.stage = self.stage and 'trained'
+    def after_validate(self):                                    # within an epoch somebody may validate on the side
+        if self.stage=='trained': self.stage = 'complete'
+    def after_epoch(self):
+        if self.stage: self._end()                               # else it was skipped, or is validate() or lr_find
+    def after_cancel_fit(self):
+        if self.stage!='complete': return                        # the fit ended within an epoch
+        if len(self.recorder.values)==self.n_rows: self.recorder.after_epoch()         # whoever ended it came before the recorder
+        self._end()
+    def _end(self):
+        self.stage = None
+        self.epoch_done()
+    def epoch_done(self): pass
 
 def _link(src, dst):
     "`dst` is `src` too; a copy where the disk knows no links"
@@ -31,35 +44,49 @@ def _link(src, dst):
         except OSError: shutil.copyfile(src, tmp)
 
 _run_types = dict(model=dict, opt=dict, epoch=int, args=dict, scaler=(dict,type(None)), random=list, smooth_loss=(list,tuple))
+_newer_types = dict(planned=int, recorder=dict, callbacks=dict)  # which older checkpoints have not
 
 def _run_state(state):
     "`state`, if it is one of a run"
     odd = [k for k,t in _run_types.items() if not isinstance(state, dict) or not isinstance(state.get(k, ...), t)]
+    odd = odd or [k for k,t in _newer_types.items() if k in state and not isinstance(state[k], t)]
     if odd: raise ValueError(f"it has no {', '.join(odd)} of a run")
     return state
 
-class RunCheckpoint(Callback):
+def _state_of(cb):
+    "What a callback has to remember in a resumed run: its attributes named in `remembered`"
+    names = getattr(cb, 'remembered', None) or (('best','wait') if isinstance(cb, TrackerCallback) else ())
+    return {k: vars(cb)[k] for k in names if k in vars(cb)}
+
+def _last(v): return float(np.ravel(v)[-1])                      # of the parameter groups
+
+class RunCheckpoint(_AtEpochEnd):
     "Saves the whole run after each epoch, and resumes it"
-    order,run_valid = 100,False                                  # behind all that draws random numbers or changes weights
+    order = 100                                                  # behind all that draws random numbers or changes weights
     def __init__(self,
         path:str|Path, # Folder of the run
         resume:bool=False, # Go on from its newest checkpoint, where there is one?
         keep_every:int=0, # Keep a copy as checkpoint0020.pth and so on, every so many epochs; 0: none
         args:dict|None=None, # What describes the run; resuming with other values is refused
-        keep_last:int=2 # Newest checkpoints that are kept: checkpoint.pth, checkpoint-1.pth, ...
+        keep_last:int=2, # Newest checkpoints that are kept: checkpoint.pth, checkpoint-1.pth, ...
+        more_epochs:str='replan' # When resumed with more epochs than planned: 'replan' the schedules of learning rate and weight decay, or 'hold' their end values
     ):
-        store_attr('resume,keep_every,keep_last')
-        self.folder,self.run_args,self.first_epoch,self.state = Path(path),_plain(args or {}),0,None
+        store_attr('resume,keep_every,keep_last,more_epochs')
+        self.folder,self.run_args,self.first_epoch,self.state = Path(path),to_plain(ifnone(args, {}), 'args'),0,None
+        if not isinstance(self.run_args, dict): raise ValueError(f"args is a {type(args).__name__}: pass a dict")
         if keep_last<1: raise ValueError(f"keep_last={keep_last}: pass 1 or more")
+        if more_epochs not in ('replan','hold'): raise ValueError(f"more_epochs={more_epochs!r}: pass 'replan' or 'hold'")
 
     def file(self, age=0): return self.folder/('checkpoint.pth' if age==0 else f'checkpoint-{age}.pth')
 
     def before_fit(self):
-        self.first_epoch,self.state,self.trained,self.damaged = 0,None,False,[]
+        super().before_fit()
+        self.first_epoch,self.state,self.damaged,self.past,self.resting,self.planned = 0,None,[],{},[],self.n_epoch
         if no_fit(self.learn): return
         if not rank_distrib():
             for f in self.folder.glob('.*.[0-9]*.tmp'): f.unlink(missing_ok=True)                  # of a process that was killed while it wrote
         if self.resume: self._load()
+        to_plain(self._weights(), 'checkpoint', tensors=True)    # refuse now what could not be saved, or not be read back, after the first epoch
 
     def _newest(self):
         "The newest checkpoint that can be read"
@@ -79,7 +106,7 @@ class RunCheckpoint(Callback):
     def _load(self):
         file,state = self._newest()
         if state is None: return
-        changed = {k:(v,self.run_args.get(k)) for k,v in state['args'].items() if self.run_args.get(k)!=v} if self.run_args else {}
+        changed = {k:(v,self.run_args.get(k)) for k,v in to_plain(state['args'], other=repr).items() if self.run_args.get(k)!=v} if self.run_args else {}
         if changed: raise ValueError(f"{self.folder} was run with other settings, then and now: {changed}: pass the same, or another folder")
         if state['epoch']>self.n_epoch: raise ValueError(f"{file} has {state['epoch']} epochs behind it, more than the {self.n_epoch} asked for: ask for more epochs")
         before = deepcopy(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=None))
@@ -90,6 +117,32 @@ class RunCheckpoint(Callback):
         if len(state['random'])!=n_processes():
             warnings.warn(f"{file} is of {len(state['random'])} processes, this run has {n_processes()}: it goes on, with other random numbers than an uninterrupted run")
         self.first_epoch,self.state,self.resume = state['epoch'],state,False
+        self._go_on(file, state)
+
+    def _go_on(self, file, state):
+        "The schedules, the rows of the recorder and what callbacks remember, of the run so far"
+        rec,said = state.get('recorder', {}),state.get('callbacks', {})
+        self.past = {e: dict(zip(rec['names'], row)) for e,row in enumerate(rec['values'])} if rec else {}
+        for c in self.learn.cbs:
+            for k,v in _state_of(c).items():
+                if k in said.get(c.name, {}): setattr(c, k, type(v)(said[c.name][k]) if isinstance(v, dict) else said[c.name][k])
+        self.resting = [c for c in self.learn.cbs if self.first_epoch and c.run and not isinstance(c, (_AtEpochEnd,Recorder,ProgressCallback)) and any(hasattr(c, e) for e in ('before_epoch','after_cancel_epoch','after_epoch'))]
+        for c in self.resting: c.run = False                     # epochs that are skipped are no news: trackers fail on them, loggers would have them twice
+        self._plan(file, state.get('planned', self.n_epoch))
+
+    def _plan(self, file, planned):
+        "Where the run has another number of epochs than its schedules were planned for"
+        sched = first(self.learn.cbs, lambda c: isinstance(c, ParamScheduler))
+        if sched is None or planned==self.n_epoch or self.first_epoch==self.n_epoch: return
+        if self.more_epochs=='hold' and planned<self.n_epoch:
+            scheds = sched.plan(planned) if hasattr(sched, 'plan') else sched.scheds
+            sched.scheds = {k: lambda p,f=f: f(min(1., p*self.n_epoch/planned)) for k,f in scheds.items()}
+            self.planned = planned
+        elif 'lr' in sched.scheds:
+            was,now = _last(self.opt.hypers[-1]['lr']),_last(sched.scheds['lr'](self.first_epoch/self.n_epoch))
+            hold = "; RunCheckpoint(more_epochs='hold'), dino_train --more-epochs hold, goes on at the end of the old schedule" if planned<self.n_epoch else ''
+            if abs(now-was)>.05*max(now, was):
+                warnings.warn(f"{file} is of a run that was planned for {planned} epochs, and this one has {self.n_epoch}: the schedule is planned anew, and the learning rate goes from {was:.2g} to {now:.2g}{hold}")
 
     def _put(self, state):
         get_model(self.model).load_state_dict(state['model'])
@@ -120,9 +173,15 @@ class RunCheckpoint(Callback):
             for k,v in left.items(): setattr(getattr(self.learn, name), k, to_device(v, params[0].device))
 
     def before_epoch(self):
-        if self.epoch<self.first_epoch: raise CancelEpochException()
+        super().before_epoch()
+        if self.epoch>=self.first_epoch: return
+        if self.epoch in self.past: self.recorder.log = self.recorder.log + [self.past[self.epoch].get(n, math.nan) for n in self._columns()]
+        raise CancelEpochException()
+
+    def _columns(self): return list(self.recorder.metric_names[1:len(self.recorder.metric_names)-self.recorder.add_time])
 
     def before_train(self):
+        super().before_train()
         if self.state is None or self.epoch!=self.first_epoch: return
         if len(self.state['random'])==n_processes(): set_random_state(self.state['random'][rank_distrib()], self.dls)
         self.recorder.smooth_loss.val,self.recorder.smooth_loss.count = self.state['smooth_loss']
@@ -130,15 +189,25 @@ class RunCheckpoint(Callback):
         if rest and len(rest['sums'])==n_processes() and any(isinstance(c, GradientAccumulation) for c in self.learn.cbs): self._accumulate_on(**rest)
         self.state = None
 
-    def after_train(self): self.trained = not no_fit(self.learn)
     def after_epoch(self):
-        if not self.trained: return                              # skipped epochs, validate(), lr_find
-        self.trained,random,sums = False,gather_objects(random_state(self.dls)),gather_objects(self._sums())
+        super().after_epoch()
+        if self.epoch+1<self.first_epoch: return
+        for c in self.resting: c.run = True
+        self.resting = []
+
+    def _weights(self):
+        "What is saved of model, optimizer and scaler"
+        scaler,args = getattr(self.learn, 'scaler', None),getattr(encoder_of(self.model), 'timm_args', None)
+        return dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), scaler=scaler.state_dict() if scaler else None, encoder=args and pack_layers(args, 'the encoder'))
+
+    def epoch_done(self):
+        random,sums = gather_objects(random_state(self.dls)),gather_objects(self._sums())
         if rank_distrib(): return
-        scaler,smooth,acc = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss,self._accumulation()
-        rest = acc and dict(count=acc.count, grads=[p.grad for p in get_model(self.model).parameters()], sums=sums)
-        state = _plain(dict(model=get_model(self.model).state_dict(), opt=self.opt.state_dict(), epoch=self.epoch+1, args=self.run_args,
-                            encoder=getattr(encoder_of(self.model), 'timm_args', None), scaler=scaler.state_dict() if scaler else None, random=random, smooth_loss=(smooth.val, smooth.count), unfinished=rest))
+        smooth,acc = self.recorder.smooth_loss,self._accumulation()
+        rest  = acc and dict(count=acc.count, grads=[p.grad for p in get_model(self.model).parameters()], sums=sums)
+        told  = dict(recorder=dict(names=self._columns(), values=self.recorder.values), callbacks={c.name: s for c in self.learn.cbs if (s := _state_of(c))})
+        state = self._weights() | dict(epoch=self.epoch+1, planned=self.planned, args=self.run_args, random=random, smooth_loss=(smooth.val, smooth.count), unfinished=rest)
+        state = to_plain(state, 'checkpoint', tensors=True) | to_plain(told, tensors=True, other=str)
         try:
             for age in range(self.keep_last-1, 0, -1):
                 if self.file(age-1).exists() and self.file(age-1) not in self.damaged: _link(self.file(age-1), self.file(age))       # a damaged one would take the place of a good one
@@ -149,7 +218,7 @@ class RunCheckpoint(Callback):
             whole = f"; that of epoch {self.epoch} is whole" if self.epoch else ''
             raise OSError(f"the checkpoint of epoch {self.epoch+1} could not be written to {self.folder} ({first_line(e.__cause__ or e)}; {self._room()}){whole}: make room or pass another folder, and resume") from e
 
-# %% ../nbs/21_runs.ipynb #bc8b0943
+# %% ../nbs/21_runs.ipynb #2632dafb
 class TimeLimit(Callback):
     "Ends a fit before the time is up; counts from when it is made"
     order,run_valid = RunCheckpoint.order+2,False                # when the epoch is saved
@@ -158,10 +227,10 @@ class TimeLimit(Callback):
     ):
         if hours<=0: raise ValueError(f"hours={hours}: pass more than 0")
         self.hours,self.since = hours,time.time()
-    def before_fit(self): self.is_up,self.longest = False,0.
+    def before_fit(self): self.is_up,self.longest,self.began = False,0.,None
     def before_train(self): self.began = time.time()
     def after_epoch(self):
-        if no_fit(self.learn) or not hasattr(self, 'began'): return
+        if no_fit(self.learn) or self.began is None: return
         now = time.time()
         self.longest = max(self.longest, now-self.began)
         over = now+1.1*self.longest-self.since > 3600*self.hours
@@ -178,8 +247,8 @@ def sigterm_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, was)
 
-# %% ../nbs/21_runs.ipynb #9941270a
-class History(CSVLogger):
+# %% ../nbs/21_runs.ipynb #3c400978
+class History(_AtEpochEnd, CSVLogger):
     "A `CSVLogger` for runs that are resumed: keeps the epochs that are done"
     order = RunCheckpoint.order+1                                # which says where the run goes on
     def __init__(self,
@@ -189,11 +258,13 @@ class History(CSVLogger):
         super().__init__(Path(file).absolute(), append=resume)
 
     def before_fit(self):
+        super().before_fit()
         if no_fit(self.learn) or rank_distrib(): return
-        old = self.fname.read_text().splitlines()[1:] if self.append and self.fname.exists() else []
+        names,lines = list(self.recorder.metric_names),self.fname.read_text().splitlines() if self.append and self.fname.exists() else []
+        head,*old = list(csv.reader(lines)) or [[]]
         first_epoch = getattr(getattr(self.learn,'run_checkpoint',None), 'first_epoch', 0)
-        kept = [l for l in old if l.split(',')[0].isdigit() and int(l.split(',')[0])<first_epoch]
-        with atomic_path(self.fname) as tmp: tmp.write_text('\n'.join([','.join(self.recorder.metric_names)] + kept) + '\n')
+        kept = [dict(zip(head, row)) for row in old if row and row[0].isdigit() and int(row[0])<first_epoch]
+        with atomic_path(self.fname) as tmp: tmp.write_text('\n'.join([','.join(names)] + [','.join(r.get(n, '') for n in names) for r in kept]) + '\n')
         self.file = self.fname.open('a')
         self.old_logger,self.learn.logger = self.logger,self._write_line
 
@@ -204,12 +275,18 @@ class History(CSVLogger):
         super().after_fit()
         if not ours: self.learn.logger = was
 
+    def _row(self, log):
+        "`log` with blanks where training or validation was cut short"
+        values,end = (log[1:-1],log[-1:]) if self.recorder.add_time else (log[1:],[])
+        blank = ['']*(len(self.recorder.metric_names)-len(log))
+        return L(log[0], *(blank+list(values) if self.recorder.cancel_train else list(values)+blank), *end)
+
     def _write_line(self, log):
-        if len(log)!=len(self.recorder.metric_names): return                            # epochs that are skipped have nothing to say
-        try: super()._write_line(log)
+        if not self.stage: return                                # epochs that are skipped are there already
+        try: super()._write_line(self._row(log))
         except OSError as e: raise OSError(f"{self.fname} could not be written ({e.strerror or e}): make room or pass another folder, and resume") from e
 
-# %% ../nbs/21_runs.ipynb #ebc5b6ad
+# %% ../nbs/21_runs.ipynb #16e9358c
 def _cpu():
     "The name of the processor, which Python does not know on Linux"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
@@ -229,7 +306,9 @@ def _versions():
         except importlib.metadata.PackageNotFoundError: return 'a checkout'
     return dict(python=platform.python_version(), self_supervised=of('self-supervised-dino'), torch=torch.__version__) | {o: of(o) for o in ('fastai','timm','kornia')}
 
-def _simple(v): return isinstance(v, (bool,int,float,str)) or isinstance(v, (list,tuple)) and all(map(_simple, v))
+def _describable(v):
+    try: return to_plain(getattr(v, '__name__', v)) is not None
+    except ValueError: return False                              # callables of the views, say
 
 def _chosen(learn, method, model):
     "Values that no command names: of the method, and of the schedules while they run"
@@ -238,7 +317,7 @@ def _chosen(learn, method, model):
     lr  = dict(lr=max(float(np.max(scheds['lr'](p))) for p in np.linspace(0, 1, 201)), lr_end=ends(scheds['lr'])[1]) if 'lr' in scheds else {k:float(v) for k,v in opt.items() if k=='lr'}
     wd  = dict(zip(('wd','wd_end'), ends(scheds['wd']))) if 'wd' in scheds else {k:float(v) for k,v in opt.items() if k=='wd'}
     of  = {k: getattr(method, k, None) for k in inspect.signature(type(method).__init__).parameters} if method else {}
-    return lr | wd | (dict(out_dim=model.C.shape[1]) if hasattr(model, 'C') else {}) | {k: getattr(v, '__name__', v) for k,v in of.items() if _simple(v) or inspect.isfunction(v) or isinstance(v, type)}
+    return lr | wd | (dict(out_dim=model.C.shape[1]) if hasattr(model, 'C') else {}) | {k: getattr(v, '__name__', v) for k,v in of.items() if _describable(v)}
 
 def describe_run(
     learn:Learner # A learner; in a fit its schedules are known too
@@ -263,7 +342,7 @@ def note_run(
     **notes # What to write, or to replace
 ):
     "Add to `run.json` of a run"
-    with atomic_path(Path(folder)/'run.json') as tmp: tmp.write_text(json.dumps(_plain(read_notes(folder)|notes), indent=1, default=str), encoding='utf-8')
+    with atomic_path(Path(folder)/'run.json') as tmp: tmp.write_text(json.dumps(to_plain(read_notes(folder)|notes, other=str), indent=1), encoding='utf-8')
 
 def read_messages(
     folder:str|Path # Folder of a run
@@ -273,9 +352,9 @@ def read_messages(
     except (OSError,ValueError): return []
     return [o for o in rows if {'epoch','text'}<=set(o)]
 
-class RunNotes(Callback):
+class RunNotes(_AtEpochEnd):
     "Keeps what a run was made with, how it ended, and what monitors said"
-    order,run_valid,session,trained = RunCheckpoint.order+1,False,None,False                   # RunCheckpoint says where the run goes on
+    order,session = RunCheckpoint.order+1,None                   # RunCheckpoint says where the run goes on
     def __init__(self,
         path:str|Path, # Folder of the run
         resume:bool=False, # Go on with what is there, where `RunCheckpoint` goes on?
@@ -287,11 +366,12 @@ class RunNotes(Callback):
         self.folder,self.given,self.made = Path(path),dict(settings=settings or {}, defaults=defaults or {}),time.time()
 
     def before_fit(self):
-        self.session = None
+        super().before_fit()
+        self.session,self.last_words = None,[]
         if no_fit(self.learn) or rank_distrib(): return
         first_epoch = getattr(getattr(self.learn, 'run_checkpoint', None), 'first_epoch', 0) if self.resume else 0
         old,said = (read_notes(self.folder),read_messages(self.folder)) if first_epoch else ({},[])
-        self.heard,self.trained = Counter(),False
+        self.heard = Counter()
         self.session = dict(started=self.made, command=self.command, first_epoch=first_epoch, epochs=0, images=0, seconds=0., end=None, processes=n_processes(),
                             machine=_machine(torch.device(ifnone(self.dls.device, 'cpu'))), versions=_versions())
         self.sessions = [s for s in old.get('sessions', []) if s['epochs']] + [self.session]
@@ -300,16 +380,15 @@ class RunNotes(Callback):
         precision = first(self.learn.cbs, lambda c: isinstance(c, MixedPrecision))
         note_run(self.folder, started=old.get('started', self.made), n_epoch=self.n_epoch, precision=precision.amp_mode.value if precision else 'fp32', **self.given, **describe_run(self.learn), sessions=self.sessions)
 
-    def before_train(self): self.since,self.n,self.took = time.time(),0,0.
+    def before_train(self):
+        super().before_train()
+        self.since,self.n,self.took = time.time(),0,0.
     def after_batch(self):
         self.n   += find_bs(self.learn.yb or self.learn.xb)
         self.took = time.time()-self.since                       # monitors reckon behind the last batch
     def after_train(self):
-        self.trained = not no_fit(self.learn)
-        if not self.trained or not self.session: return
-        s = self.session
-        s.update(epochs=s['epochs']+1, images=s['images']+self.n*n_processes(), seconds=s['seconds']+self.took)
-        if s['machine']['gpu']: s['gpu_peak'] = torch.cuda.max_memory_allocated()
+        super().after_train()
+        if self.stage and self.session: self._listen()
 
     def _listen(self):
         said = []
@@ -321,15 +400,21 @@ class RunNotes(Callback):
             with open(self.folder/'messages.jsonl', 'a', encoding='utf-8') as f: f.writelines(json.dumps(o)+'\n' for o in said)
         return said
 
-    def after_epoch(self):
-        if not self.trained or not self.session: return          # skipped epochs, validate(), lr_find
-        self.trained = False
+    def after_cancel_fit(self):
+        if self.session: self.last_words = self._listen()        # of who ended it, before the epoch is counted
+        super().after_cancel_fit()
+
+    def epoch_done(self):
+        if not self.session: return
+        s = self.session
+        s.update(epochs=s['epochs']+1, images=s['images']+self.n*n_processes(), seconds=s['seconds']+self.took)
+        if s['machine']['gpu']: s['gpu_peak'] = torch.cuda.max_memory_allocated()
         self._listen()
         note_run(self.folder, sessions=self.sessions)
 
     def after_fit(self):
         if not self.session or no_fit(self.learn): return
-        said = self._listen()
+        said = self.last_words+self._listen()
         done = self.session['first_epoch']+self.session['epochs']==self.n_epoch
         up   = any(getattr(c, 'is_up', False) for c in self.learn.cbs)
         self.ended('finished' if done else 'its time was up' if up else 'a monitor stopped it' if said else 'it was cancelled')

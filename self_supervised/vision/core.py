@@ -140,7 +140,17 @@ def backbone_for(
     stats = own if own and len(own[0])==n_in else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return MultiCropWrapper(enc),nf,stats
 
-# %% ../../nbs/30_vision.core.ipynb #708f90c9
+# %% ../../nbs/30_vision.core.ipynb #22b70b05
+def _batches_a_step(bs, cbs):
+    acc = first(cbs, lambda o: isinstance(o, GradientAccumulation))
+    return math.ceil(acc.n_acc/bs) if acc else 1
+
+def _check_accumulation(n, bs, n_epoch, cbs):
+    "Refuse a run that would end before its first step"
+    n_acc,total = _batches_a_step(bs, cbs),n*n_epoch
+    if n_acc>1 and 0<total<n_acc:
+        raise ValueError(f"a step is taken after {n_acc} batches, but the run has {total} ({n_epoch} epochs of {n}), and would learn nothing: accumulate {total} batches or fewer, GradientAccumulation({total*bs}), or train for more epochs")
+
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters with gradients, and others
@@ -161,7 +171,17 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #b411c62f
+# %% ../../nbs/30_vision.core.ipynb #f6d91e05
+class _Table(ProgressCallback):
+    "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
+    name = 'progress'
+    def _write_stats(self, log):
+        def cell(v, name):
+            if not isinstance(v, float): return v
+            fits = [s for d in range(6, -1, -1) if len(s := f'{v:.{d}f}')<=max(8, len(name))]
+            return '' if math.isnan(v) else (fits or [f'{v:.2e}'])[0]
+        super()._write_stats([cell(v, n) for v,n in zip(log, self.recorder.metric_names)] if len(log)==len(self.recorder.metric_names) else log)
+
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -181,6 +201,8 @@ class MultiView(Callback):
     @staticmethod
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):  # settings of the model, the method and the fit; `bs`: images that a loss sees together, `n_acc`: batches to a step
         return dino_defaults(n_images, bs*n_acc, epochs, n_params)
+    @staticmethod
+    def encoder_defaults(encoder): return {}                     # settings that follow from the kind of backbone; they replace those of `defaults`
     views = staticmethod(get_dino_aug_pipelines)                 # the method's recipe
     carried = ()                                                 # attributes in which batches leave something for the step that they are accumulated to
 
@@ -203,9 +225,12 @@ class MultiView(Callback):
         n_images(self.dls.train)
         self._check_dls()
         joint_dls(self.dls)
+        if not no_fit(self.learn): _check_accumulation(len(self.dls.train), find_bs_of(self.dls), self.n_epoch, self.learn.cbs)
         if self.learn.loss_func!=self.lf: self.old_lf,self.learn.loss_func = self.learn.loss_func,self.lf   # Ctrl-C may have left ours there
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
+        bar = getattr(self.learn, 'progress', None)
+        if type(bar) is ProgressCallback: bar.__class__ = _Table # `no_bar` makes a new one each time
         self._set_stats()
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
@@ -440,7 +465,7 @@ def method_learner(
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
-# %% ../../nbs/30_vision.core.ipynb #d3175091
+# %% ../../nbs/30_vision.core.ipynb #fbb7c718
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -454,9 +479,9 @@ def fit_settings(
     method = first(both, lambda o: 'auto' in vars(o))            # not isinstance: a notebook that runs this cell has another MultiView than the module
     if method is None: raise ValueError("pretrain needs a method: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
     if n==0: raise ValueError(f"{n_images(learn.dls.train)} training images are fewer than a batch of {bs}: make the DataLoaders with a smaller bs")
-    acc = first(both, lambda o: isinstance(o, GradientAccumulation))
-    n_acc = math.ceil(acc.n_acc/bs) if acc else 1
-    d = _paper if method.auto is None else method.defaults(n*bs*n_proc, bs*n_proc, n_epoch, total_params(encoder_of(learn))[0], n_acc)
+    _check_accumulation(n, bs, n_epoch, both)
+    n_acc,enc = _batches_a_step(bs, both),encoder_of(learn)
+    d = _paper if method.auto is None else AttrDict(merge(method.defaults(n*bs*n_proc, bs*n_proc, n_epoch, total_params(enc)[0], n_acc), method.encoder_defaults(enc)))
     return method,d,(n,bs,n_proc,n_acc)
 
 @patch
@@ -477,15 +502,17 @@ def pretrain(self:Learner,
         setattr(method, k, d[k])
         method.auto[k] = d[k]
     lr,lr_min,wd = ifnone(lr,d.lr),ifnone(lr_min,d.lr_min),ifnone(wd,d.wd)
-    warmup = d.warmup_epochs if warmup_epochs is None else warmup_epochs
-    if n_epoch>0: warmup = clamp_warmup(warmup, n_epoch)
     if scale_lr: lr = scaled_lr(lr, bs, n_proc, n_acc)
     if self.opt_func is Adam and self.splitter is trainable_params: self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
     wd = wd if isinstance(wd, (tuple,list)) else (wd,wd)
     if self.splitter is dino_splitter or getattr(self.splitter, 'paired', False): wd = [np.tile([0.,o], len(self.splitter(get_model(self.model)))//2) for o in wd]       # [no decay, decay]
-    scheds = dict(lr=lr_sched(lr, lr_min, n*n_epoch, round(warmup*n)), wd=SchedCos(*wd))
-    logger = self.logger
-    try: self.fit(n_epoch, lr, cbs=L(ParamScheduler(scheds))+L(cbs), start_epoch=start_epoch)
+    def plan(n_epoch):
+        warmup = fit_settings(self, n_epoch, cbs)[1].warmup_epochs if warmup_epochs is None else warmup_epochs
+        if n_epoch>0: warmup = clamp_warmup(warmup, n_epoch)
+        return dict(lr=lr_sched(lr, lr_min, n*n_epoch, round(warmup*n)), wd=SchedCos(*wd))
+    sched = ParamScheduler(plan(n_epoch))
+    sched.plan,logger = plan,self.logger                         # for `RunCheckpoint`, where a resumed run keeps to the schedules of a shorter one
+    try: self.fit(n_epoch, lr, cbs=L(sched)+L(cbs), start_epoch=start_epoch)
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
         self.logger = logger
         self.model = get_model(self.model)

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/36_vision.lejepa.ipynb #31cde55f
+# %% ../../nbs/36_vision.lejepa.ipynb #9a8f2c99
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and of local views
@@ -36,6 +36,11 @@ def create_lejepa_model(
     enc,nf,stats = backbone_for(arch, **kwargs)
     return StudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,hidden_dim,out_dim])), stats=stats)
 
+def _is_convnet(encoder):
+    "Are there convolutions that overlap, unlike those that cut an image into patches, and no attention?"
+    convs = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
+    return any(max(m.kernel_size)>max(m.stride) for m in convs) and not any('attn' in n or 'attention' in n for n,_ in encoder.named_modules())
+
 class LeJEPA(MultiView):
     "Views agree, and projections are normal (Balestriero and LeCun 2025)"
     create,views = staticmethod(create_lejepa_model),staticmethod(get_lejepa_aug_pipelines)
@@ -53,6 +58,9 @@ class LeJEPA(MultiView):
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
         return AttrDict(merge(d, dict(lam=min(.2, max(.02, 3.2/bs)), wd=(.05,.05), lr_min=d.lr/1000), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=128, hidden_dim=2048)))
+
+    @staticmethod
+    def encoder_defaults(encoder): return dict(wd=(5e-4,5e-4) if _is_convnet(encoder) else (.05,.05))
 
     def lf(self, proj, *yb):
         dirs = gather_rows(torch.randn(self.n_dirs, proj.shape[1], device=proj.device))[:self.n_dirs]      # the first process's, for all
