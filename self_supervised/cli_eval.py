@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['open_encoder', 'device_named', 'dino_eval', 'dino_attention', 'eval_main', 'attention_main']
 
-# %% ../nbs/51_cli_eval.ipynb #24049e1d
+# %% ../nbs/51_cli_eval.ipynb #3de818c1
 from .cli import *
 from fastai.vision.all import *
 from typing import Annotated
-import inspect, json, platform
+import contextlib, inspect, json, platform
 import timm
 from .plain import *
 from .data import *
@@ -47,7 +47,7 @@ def open_encoder(
     if pretrained and not timm.is_model_pretrained(str(src)): raise ValueError(f"--pretrained: timm has no released weights of {src}; leave it out for an untrained network")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/51_cli_eval.ipynb #e090f3cf
+# %% ../nbs/51_cli_eval.ipynb #524fc64b
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
@@ -61,11 +61,16 @@ def _group_of(pattern, file):
 
 def _common(a): return dict(groups=partial(_group_of, a.groups) if a.groups else None, seed=a.seed, precision=a.precision, progress=a.progress)
 
+def _tops(scores, y, k=5):
+    "Top-1 and top-5 of class scores in percent, and balanced accuracy where classes are uneven"
+    balanced = {'balanced': _pct(accuracy_of(scores, y, balanced=True))} if uneven_classes(y) else {}
+    return {f'top-{t}': _pct(accuracy_of(scores, y, min(t,k))) for t in (1,5)} | balanced
+
 def _knn(enc, a):
     ftr,ytr,fte,yte = split_features(enc, _dls(a), **_common(a))
     ks     = [k for k in a.k if k<=len(ftr)] if a.k==_defaults['k'] else a.k
     scores = knn_classifier(ftr, ytr, fte, ks or [len(ftr)], a.temperature, int(max(ytr.max(), yte.max()))+1, device=a.device)
-    return pd.DataFrame({k: {f'top-{t}': _pct(accuracy_of(s, yte, min(t,k))) for t in (1,5)} for k,s in scores.items()}).T.rename_axis('k')
+    return pd.DataFrame({k: _tops(s, yte, k) for k,s in scores.items()}).T.rename_axis('k')
 
 def _linear(enc, a):
     dls = _dls(a)
@@ -74,7 +79,7 @@ def _linear(enc, a):
         f,y = labelled_features(enc, dls[1], precision=a.precision, progress=a.progress, **opts)
         if lin.out_features<=y.max() or lin.in_features!=f.shape[1]:
             raise ValueError(f"{a.linear_weights} takes {lin.in_features} features to {lin.out_features} classes, but there are {f.shape[1]} features and {len(dls.vocab) if hasattr(dls, 'vocab') else int(y.max())+1} classes: pass the encoder and the data it was trained for")
-        return pd.DataFrame({str(a.linear_weights): {f'top-{t}': _pct(accuracy_of(lin.to(f.device)(f), y, t)) for t in (1,5)}}).T.rename_axis('classifier')
+        return pd.DataFrame({str(a.linear_weights): _tops(lin.to(f.device)(f), y)}).T.rename_axis('classifier')
     size  = ifnone(a.size, 16 if a.data is None else 224)
     view  = probe_view(size, a.n_in) if a.augment else None
     uncut = labelled_dls(a.data, round(size/.875), a.batch_size, crop_pct=1, num_workers=a.num_workers, n_in=a.n_in, seed=a.seed, device=a.device)[0] if a.augment and a.data else None
@@ -85,14 +90,18 @@ def _lowshot(enc, a):
     rows = {}
     for n in a.labels:
         if n>=1 and n!=int(n): raise ValueError(f"--labels {n:g}: pass whole numbers of labels a class, or parts below 1")
-        s = 100*lowshot_scores(ftr, ytr, fte, yte, n if n<1 else int(n), a.draws, seed=a.seed)
-        rows[f'{100*n:g}% of the labels' if n<1 else f'{n:g} a class'] = dict(mean=s.mean().round(2), std=s.std().round(2), draws=a.draws)
+        hits = lowshot_hits(ftr, ytr, fte, yte, n if n<1 else int(n), a.draws, seed=a.seed)
+        s,b  = (100*np.array([mean_hits(h, yte, balanced) for h in hits]) for balanced in (False,True))
+        rows[f'{100*n:g}% of the labels' if n<1 else f'{n:g} a class'] = dict(mean=s.mean().round(2), std=s.std().round(2), draws=a.draws) | (
+            {'balanced': b.mean().round(2), 'balanced std': b.std().round(2)} if uneven_classes(yte) else {})
     return pd.DataFrame(rows).T.astype(dict(draws=int)).rename_axis('labels')
 
 def _finetune(enc, a):
     learn = finetune_learner(_dls(a, **({} if a.data is None else dict(batch_tfms=aug_transforms()))), enc)
     with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging(): learn.fine_tune(ifnone(a.epochs, 5), a.lr)
-    return pd.DataFrame([[i+1,_pct(v[-1])] for i,v in enumerate(learn.recorder.values)], columns=['epoch','top-1']).set_index('epoch')
+    shown = {i: dict(accuracy='top-1', balanced_accuracy_score='balanced').get(n) for i,n in enumerate(learn.recorder.metric_names[1:-1])}
+    rows  = [{n: _pct(v[i]) for i,n in shown.items() if n} for v in learn.recorder.values]
+    return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='epoch'))
 
 def _retrieval(enc, a):
     scales = (1,2**-.5,.5) if a.multiscale else (1,)

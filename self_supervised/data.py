@@ -6,7 +6,8 @@
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'open_image', 'opener', 'SquareCrop', 'to_unit', 'check_unit', 'image_batch',
            'NoImages', 'image_dls', 'n_images', 'Paths', 'ImageFiles', 'FilesDL', 'list_bad_files', 'ReadableDL',
            'CachedImages', 'CachedDL', 'cached_dls', 'unlabelled_dls', 'find_images', 'channel_stats', 'DigitsDataset',
-           'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'labelled_dls', 'MissingExtra', 'need_extra']
+           'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'stratified_split', 'labelled_dls',
+           'MissingExtra', 'need_extra']
 
 # %% ../nbs/00_data.ipynb #6d8d33be
 from fastai.vision.all import *
@@ -601,7 +602,29 @@ def shapes_dls(
     "Ten kinds of drawn shapes with their labels; choose settings with `holdout='valid'`, report with 'test'"
     return _memory_dls(ShapesDataset, *_draw_shapes(size), bs, holdout, device)
 
-# %% ../nbs/00_data.ipynb #735c0b31
+# %% ../nbs/00_data.ipynb #31e06abd
+def stratified_split(
+    y, # Classes, (n,)
+    test_pct:float=.25, # Fraction of each class to test on
+    seed:int|None=0 # Seed of the split
+)->tuple: # Indices of the training and of the test images, in random order
+    "Split each class by itself: every class with at least two images is on both sides"
+    rng,y,test = np.random.RandomState(seed),np.asarray(y),[]
+    for c in np.unique(y):
+        of_c = rng.permutation(np.flatnonzero(y==c))
+        n = round(test_pct*len(of_c))
+        test.append(of_c[:min(max(n, 1), len(of_c)-1)])
+    test = np.concatenate(test) if len(y) else y
+    if len(y) and not len(test): test = rng.permutation(len(y))[:max(1, round(test_pct*len(y)))]             # one image per class
+    train = np.setdiff1d(np.arange(len(y)), test)
+    return torch.from_numpy(rng.permutation(train)),torch.from_numpy(rng.permutation(test))
+
+class _ByClass:
+    "Splits items by their classes: see `stratified_split`"
+    def __init__(self, class_of, valid_pct, seed): self.class_of,self.valid_pct,self.seed = class_of,valid_pct,seed
+    def __call__(self, items): return tuple(L(o.tolist()) for o in stratified_split([self.class_of(f) for f in items], self.valid_pct, self.seed))
+
+# %% ../nbs/00_data.ipynb #bb43ec54
 class _ClassOf:
     "The folder below one of `roots` that a file lies in; a class, for lambdas cannot be exported"
     def __init__(self, roots): self.roots = roots
@@ -630,7 +653,7 @@ def labelled_dls(
         raise ValueError(f"{path} has {len(classes)} class folders: put the images of each class into a folder of its own, in {path} or in {path}/train and {path}/test")
     files = [L(f for f in get_image_files(r).sorted() if len(f.relative_to(r).parts)>1) for r in roots]
     if not all(files): raise ValueError(f"no images in the class folders of {roots[[len(f) for f in files].index(0)]}: put some there")
-    splitter = RandomSplitter(valid_pct, seed) if len(roots)==1 else lambda o: (range_of(files[0]),[len(files[0])+i for i in range_of(files[1])])
+    splitter = _ByClass(_ClassOf(roots), valid_pct, seed) if len(roots)==1 else lambda o: (range_of(files[0]),[len(files[0])+i for i in range_of(files[1])])
     tfms  = [SquareCrop(round(size/crop_pct))] + ([CropPad(size, order=SquareCrop.order+1)] if crop_pct<1 else [])
     block = DataBlock((TransformBlock(_Open(partial(open_image, open_fn=opener(n_in)))), CategoryBlock(vocab=sorted(classes))), get_items=lambda _: sum(files, L()), splitter=splitter,
                       get_y=_ClassOf(roots), item_tfms=tfms, batch_tfms=[IntToFloatTensor, *L(kwargs.pop('batch_tfms', None))])

@@ -10,7 +10,7 @@ from helpers import digits_learner, quiet
 def evaluate(tmp_path, *args, code=0):
     "The table of `dino_eval`, or what it says"
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        got = run_command(dino_eval, [*map(str, args), '--no-progress', '--device', 'cpu', '--out', str(tmp_path/'eval.json')])
+        got = run_command(dino_eval, [*map(str, args), '--device', 'cpu', '--out', str(tmp_path/'eval.json')])
     assert got==code, err.getvalue()
     if code:
         assert err.getvalue().count('\n')==1

@@ -1,5 +1,5 @@
 "The project holds together: notebooks and library agree, rooms look one way, README and metadata are in step"
-import ast, importlib, json, re, shutil, subprocess, sys, tomllib
+import ast, builtins, dis, importlib, json, pkgutil, re, shutil, subprocess, sys, tomllib, types
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -88,3 +88,26 @@ def test_metadata_stands_once():
     project = tomllib.loads((root/'pyproject.toml').read_text())['project']
     assert project['name']==cfg['DEFAULT']['lib_name']=='self-supervised-dino'
     assert {'version','dependencies','scripts','requires-python'}<=set(project['dynamic'])
+
+def code_objects(code):
+    yield code
+    for o in code.co_consts:
+        if isinstance(o, types.CodeType): yield from code_objects(o)
+
+def unresolved(module):
+    "Global names that the functions of a module load, and that neither the module nor Python has"
+    top = compile(Path(module.__file__).read_text(encoding='utf-8'), module.__file__, 'exec')
+    names = {i.argval for c in code_objects(top) if c is not top for i in dis.get_instructions(c) if i.opname=='LOAD_GLOBAL'}
+    return sorted(n for n in names if not hasattr(module, n) and not hasattr(builtins, n))
+
+def test_every_global_name_is_found():
+    "A notebook's kernel has names that an exported module may lack"
+    package = importlib.import_module('self_supervised')
+    modules = [m.name for m in pkgutil.walk_packages(package.__path__, 'self_supervised.') if not m.ispkg]
+    assert len(modules)>40
+    assert {m: names for m in modules if (names := unresolved(importlib.import_module(m)))}=={}
+
+def test_an_unresolved_name_is_found(tmp_path):
+    file = tmp_path/'mod.py'
+    file.write_text('import os\ndef f():\n    def g(): return missing(os, len)\n    return g')
+    assert unresolved(types.SimpleNamespace(__file__=str(file), os=1))==['missing']

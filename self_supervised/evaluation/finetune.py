@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['layer_groups', 'layer_lrs', 'Classifier', 'classifier_splitter', 'finetune_learner']
 
-# %% ../../nbs/13_evaluation.finetune.ipynb #477149b2
+# %% ../../nbs/13_evaluation.finetune.ipynb #4075a120
 from fastai.vision.all import *
 from timm.models import group_parameters
 from ..data import *
 from ..encoders import *
 from ..features import *
+from .knn import *
 
 # %% ../../nbs/13_evaluation.finetune.ipynb #e2400f04
 def layer_groups(
@@ -37,7 +38,7 @@ def layer_lrs(
     n = len(learn.splitter(learn.model))
     return [lr*decay**(n-1-i) for i in range(n)]
 
-# %% ../../nbs/13_evaluation.finetune.ipynb #8416535c
+# %% ../../nbs/13_evaluation.finetune.ipynb #489d2b20
 class Classifier(nn.Sequential):
     "An encoder and a linear layer, for images in [0,1]"
     def __init__(self,
@@ -68,27 +69,44 @@ def classifier_splitter(
     "The layers of the encoder, then the head"
     return layer_groups(encoder_of(m)) + L([params(m[1])])
 
+_other_labels = "finetune_learner trains on one class, several classes or numbers per image: for masks call fastai's unet_learner, for boxes a detector"
+
+def _task(dls, y):
+    "Number of outputs, loss and metrics that go with the labels `y` of a batch; the loss of the DataLoaders first"
+    loss,vocab = getattr(dls, 'loss_func', None),getattr(dls, 'vocab', None)
+    if isinstance(y, (TensorMask,TensorBBox)) or y.ndim>3 or y.ndim==3 and not isinstance(y, TensorPoint):
+        raise ValueError(f"labels are a {type(y).__name__} of shape {tuple(y.shape[1:])} per image: {_other_labels}")
+    if y.ndim==1 and not y.is_floating_point():
+        n_out = len(vocab) if vocab is not None else 1+max(int(o[1].max()) for i in (0,1) for o in dls[i])
+        return n_out, loss or CrossEntropyLossFlat(), [accuracy] + ([BalancedAccuracy()] if _uneven(dls) else [])
+    several = isinstance(y, TensorMultiCategory) or isinstance(loss, BCEWithLogitsLossFlat) or vocab is None and y.ndim==2 and y.shape[1]>1 and bool(((y==0)|(y==1)).all())
+    if several: return y.shape[1], loss or BCEWithLogitsLossFlat(), [partial(accuracy_multi, thresh=getattr(loss, 'thresh', .5))]
+    return y[0].numel(), loss or MSELossFlat(), [mae]
+
+def _uneven(dls):
+    "Whether the classes of the training images are uneven, where their labels are known without opening images"
+    tls = getattr(getattr(dls.train, 'dataset', None), 'tls', None)
+    return bool(tls) and len(tls)>1 and uneven_classes(torch.tensor([int(y) for y in tls[1]]))
+
 @delegates(Learner.__init__, but=['dls','model','splitter'])
 def finetune_learner(
     dls:DataLoaders, # Labelled images
     encoder:Learner|nn.Module, # What `encoder_of` takes: a learner of DINO, a `DINOModel`, what `load_encoder` gave, a timm model. It is copied
-    n_out:int|None=None, # Number of classes; default: those of `dls`
+    n_out:int|None=None, # Number of outputs; default: the classes of `dls`, or the numbers per image
     ps:float=0., # Dropout before the last layer
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the encoder's own
     **kwargs
 )->Learner: # Frozen but for the head until `unfreeze` or `fine_tune`
-    "A learner that trains a classifier on the encoder"
+    "A learner that trains the encoder with labels: one class, several classes (`MultiCategoryBlock`) or numbers (`RegressionBlock`) per image"
     given,stats,dls = stats is not None,stats or norm_stats(encoder),image_dls(dls)
-    n_out = n_out or (getattr(dls, 'c', None) if hasattr(dls, 'vocab') else None)
     b     = first(dls[0])
     if b is None: raise ValueError(f"{len(dls[0].dataset)} training images are fewer than a batch: make the DataLoaders with a smaller bs")
     b     = image_batch(b)
     if len(b)<2: raise ValueError("the DataLoaders give images without labels: pass labelled ones, such as ImageDataLoaders.from_folder")
     x,y   = b[0],b[1]
-    if n_out is None:
-        if y.ndim!=1 or y.is_floating_point(): raise ValueError(f"the DataLoaders do not say how many classes there are, and labels have shape {tuple(y.shape)}: pass n_out")
-        n_out = 1+max(int(o[1].max()) for i in (0,1) for o in dls[i])
+    wanted,loss,metrics = _task(dls, y) if n_out is None or not {'loss_func','metrics'}<=set(kwargs) else (n_out,None,None)
+    n_out = n_out or wanted
     norm = dl_normalize(dls[0])
     if norm is not None and stats is not None:
         if not all(torch.allclose(torch.as_tensor(s).float().flatten().cpu(), o.float().flatten().cpu(), atol=1e-3) for s,o in zip(stats, (norm.mean,norm.std))):
@@ -98,7 +116,7 @@ def finetune_learner(
     with says_what_fits(encoder_of(encoder, who), x): pass
     model = Classifier(deepcopy(encoder_of(encoder, who)), n_out, stats, ps, x.shape[1], tuple(x.shape[-2:]))
     for p in model.parameters(): p.requires_grad_(True)          # a teacher's are frozen
-    kwargs = merge(dict(loss_func=CrossEntropyLossFlat() if getattr(dls, 'loss_func', None) is None else dls.loss_func, metrics=accuracy), kwargs)
+    kwargs = merge(dict(loss_func=loss, metrics=metrics), kwargs)
     learn = Learner(dls, model, splitter=classifier_splitter, **kwargs)
     learn.freeze()
     return learn

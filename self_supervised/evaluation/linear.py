@@ -6,16 +6,17 @@
 __all__ = ['logistic_classifier', 'linear_accuracy', 'feature_parts', 'LinearSweep', 'sweep_features', 'probe_view',
            'linear_probe', 'load_linear_weights']
 
-# %% ../../nbs/11_evaluation.linear.ipynb #fcb8dbd9
+# %% ../../nbs/11_evaluation.linear.ipynb #2ed497bd
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
+from ..data import *
 from ..augmentations import *
 from ..encoders import *
 from ..features import *
 from ..checkpoints import *
 from .knn import *
 
-# %% ../../nbs/11_evaluation.linear.ipynb #95737650
+# %% ../../nbs/11_evaluation.linear.ipynb #35c55249
 def logistic_classifier(
     train_feats:Tensor, # Features, (n_train, d)
     train_y:Tensor, # Classes, (n_train,)
@@ -35,14 +36,15 @@ def logistic_classifier(
 def linear_accuracy(
     model:Learner|nn.Module, # What `extract_features` takes
     dls:DataLoaders, # Labelled: fitted on the first loader, tested on the second
-    C:float=1., # Inverse strength of the l2 penalty
+    C:float=1., # Inverse strength of the L2 penalty
+    balanced:bool=False, # Average over classes: see `mean_hits`
     **kwargs
 )->float: # Top-1, between 0 and 1
     "Accuracy of a logistic regression on a model's frozen features"
     ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
-    return logistic_classifier(ftr, ytr, C).score(fte.numpy(), yte.numpy())
+    return mean_hits(logistic_classifier(ftr, ytr, C).predict(fte.numpy())==yte.numpy(), yte, balanced)
 
-# %% ../../nbs/11_evaluation.linear.ipynb #fcd760f9
+# %% ../../nbs/11_evaluation.linear.ipynb #c43f844a
 def feature_parts(
     d:int, # Features of a token
     n_blocks:tuple=(1,4), # Numbers of last blocks to try
@@ -91,13 +93,15 @@ class LinearSweep(Module):
     def accuracies(self,
         feats:Tensor, # Features (n,d)
         y:Tensor, # Classes (n,)
-        top:int=1 # The true class must be among so many best
+        top:int=1, # Number of best classes among which the true one counts
+        balanced:bool=False # Average over classes: see `mean_hits`
     )->list: # Between 0 and 1, in the order of `keys`
         "Accuracy of each classifier"
-        hits = [[accuracy_of(o, yb, top)*len(yb) for o in self(xb.float())] for xb,yb in zip(feats.split(4096), y.split(4096))]
-        return (np.array(hits).sum(0)/len(y)).tolist()
+        def hits(o, yb): return (o.topk(min(top, o.shape[1]), 1).indices==yb[:,None]).any(1)
+        hit = [[hits(o, yb) for o in self(xb.float())] for xb,yb in zip(feats.split(4096), y.split(4096))]
+        return [mean_hits(torch.cat(h), y, balanced) for h in zip(*hit)]
 
-# %% ../../nbs/11_evaluation.linear.ipynb #eb4a89fc
+# %% ../../nbs/11_evaluation.linear.ipynb #669e1786
 _lrs = (1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.)
 
 def sweep_features(
@@ -123,11 +127,9 @@ def sweep_features(
     if not len(lrs) or min(lrs)<=0: raise ValueError(f"lrs={lrs}: pass learning rates above 0")
     if not 0<=valid_pct<1: raise ValueError(f"valid_pct={valid_pct}: pass a part of the training images, from 0 to below 1")
     g,parts = torch.Generator().manual_seed(seed),parts or {'all': slice(0, train_feats.shape[1])}
-    order   = torch.randperm(len(train_y), generator=g)
-    n_valid = max(1, round(valid_pct*len(order))) if valid_pct else 0
-    valid,train = order[:n_valid],order[n_valid:]
-    if groups is not None and n_valid: train,valid = group_split(train_y, groups, valid_pct, seed)
-    if not len(train): raise ValueError(f"{len(order)} training images and valid_pct={valid_pct} leave none to train on: pass valid_pct=0")
+    if not valid_pct: train,valid = torch.arange(len(train_y)),None
+    else: train,valid = stratified_split(train_y, valid_pct, seed) if groups is None else group_split(train_y, groups, valid_pct, seed)
+    if not len(train): raise ValueError(f"{len(train_y)} training images and valid_pct={valid_pct} leave none to train on: pass valid_pct=0")
     def shuffled(idx):
         for i in idx.split(bs): yield train_feats[i].float(),train_y[i]
     def there(e):
@@ -136,13 +138,13 @@ def sweep_features(
         torch.manual_seed(seed)
         sweep = LinearSweep(parts, n_classes, lrs, bs).to(device).fit(there, epochs, progress).cpu()
     res = pd.DataFrame([(*(p if isinstance(p, tuple) else (p,)), lr) for p,lr in sweep.keys], columns=['blocks','mean of patches','lr'] if isinstance(sweep.keys[0][0], tuple) else ['part','lr'])
-    if n_valid: res['validation'] = sweep.accuracies(train_feats[valid], train_y[valid])
+    if valid_pct: res['validation'] = sweep.accuracies(train_feats[valid], train_y[valid])
     for t in (1,5): res[f'test top-{t}'] = sweep.accuracies(test_feats, test_y, t)
-    by    = 'validation' if n_valid else 'test top-1'
-    best  = res[by].idxmax()
-    acc   = [c for c in res if c=='validation' or c.startswith('test')]
+    if uneven_classes(test_y): res['test balanced'] = sweep.accuracies(test_feats, test_y, balanced=True)
+    res = res.sort_values('validation' if valid_pct else 'test top-1', ascending=False, kind='stable')      # before rounding makes ties
+    acc = [c for c in res if c=='validation' or c.startswith('test')]
     res[acc] = (100*res[acc]).round(1)
-    return res.sort_values(by, ascending=False, kind='stable').reset_index(drop=True), sweep.heads[best]
+    return res.reset_index(drop=True), sweep.heads[res.index[0]]
 
 # %% ../../nbs/11_evaluation.linear.ipynb #b94a2613
 def probe_view(

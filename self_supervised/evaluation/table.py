@@ -13,13 +13,15 @@ from .knn import *
 from .linear import *
 from .lowshot import *
 
-# %% ../../nbs/18_evaluation.table.ipynb #4504e81f
+# %% ../../nbs/18_evaluation.table.ipynb #08147cf4
 def raw_pixels(
     dls:DataLoaders, # Images of one size
     side:int=32 # Larger ones are averaged to this: a classifier on more pixels is slow, and no better
 )->nn.Module: # Images in, pixels (bs, C*side*side) out
     "The encoder that any other must stand beside"
     return nn.Sequential(nn.AdaptiveAvgPool2d(min(side, dls.one_batch()[0].shape[-1])), nn.Flatten())
+
+def _cell(scores): return f'{np.mean(scores):.1f}' + (f' ± {np.std(scores):.1f}' if len(scores)>1 else '')
 
 def probe_table(
     models:dict, # Name of a row to what `extract_features` takes, or to a tuple of it and 'teacher' or 'student'
@@ -28,13 +30,14 @@ def probe_table(
     draws:int=5, # Draws of the labels
     progress:bool=False # Show a progress bar?
 )->pd.DataFrame: # Percent; few labels as 'mean ± standard deviation' over the draws
-    "k-NN, linear probe, one label a class and 10% of the labels, for each model"
+    "k-NN, linear probe, one label a class and 10% of the labels, for each model; also as balanced accuracy where classes are uneven"
     rows = {}
     for name,m in progress_bar(models.items(), leave=False) if progress else models.items():
         m,who = m if isinstance(m, tuple) else (m,'teacher')
         ftr,ytr,fte,yte = split_features(m, dls, who=who)
-        few = [100*lowshot_scores(ftr, ytr, fte, yte, n, draws) for n in (1,.1)]
-        rows[name] = {f'{k}-NN': f'{100*accuracy_of(knn_classifier(ftr, ytr, fte, k), yte):.1f}',
-                      'linear': f'{100*logistic_classifier(ftr, ytr).score(fte.numpy(), yte.numpy()):.1f}'
-                      } | {c: f'{s.mean():.1f} ± {s.std():.1f}' for c,s in zip(('1 label a class','10% labels'), few)}
+        hits = {f'{k}-NN': [knn_classifier(ftr, ytr, fte, k).argmax(1).cpu()==yte.cpu()],
+                'linear':  [logistic_classifier(ftr, ytr).predict(fte.numpy())==yte.numpy()],
+                '1 label a class': lowshot_hits(ftr, ytr, fte, yte, 1, draws), '10% labels': lowshot_hits(ftr, ytr, fte, yte, .1, draws)}
+        rows[name] = {c+(', balanced' if balanced else ''): _cell([100*mean_hits(h, yte, balanced) for h in hs])
+                      for balanced in (False,True)[:1+uneven_classes(yte)] for c,hs in hits.items()}
     return pd.DataFrame(rows).T.rename_axis('features')

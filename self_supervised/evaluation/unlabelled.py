@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['rank_table', 'run_checkpoints']
 
-# %% ../../nbs/19_evaluation.unlabelled.ipynb #f2c0008e
+# %% ../../nbs/19_evaluation.unlabelled.ipynb #37590260
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
+from ..encoders import *
 from ..objectives import *
 from ..features import *
 from ..checkpoints import *
