@@ -51,12 +51,12 @@ def model_norm(
     "How images are normalised for a model"
     return _Renorm(tuple(map(torch.as_tensor, stats)) if stats else norm_stats(model), dl_normalize(dl), bool(stats))
 
-# %% ../nbs/06_features.ipynb #bcd78b13
+# %% ../nbs/06_features.ipynb #7f5884b8
 def encode(
     encoder:nn.Module, # Images in, (bs, features) out
     x:Tensor, # Images (bs,C,H,W), normalised
-    n_blocks:int=1, # Class tokens of this many last blocks, for a timm vision transformer
-    avgpool:bool=False, # Add the mean of the last block's patch tokens?
+    n_blocks:int=1, # Number of last blocks of a timm vision transformer to take the feature of: see `block_features`
+    avgpool:bool=False, # Add the mean of the last block's patch tokens
     interleave:bool=False, # Class token and mean in turns, c0,a0,c1,a1..., as the reference's released linear classifiers have them; with n_blocks=1, avgpool=True
     tokens:str='class' # 'class'; 'patch': those of the last block, (bs,h,w,d); 'all': the class token first, then the patches, (bs,1+h*w,d)
 )->Tensor: # (bs, features)
@@ -71,11 +71,13 @@ def encode(
         out = out[0] if isinstance(out, (tuple,list)) else out
         if out.ndim!=2: raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
         return out
-    cls,patches = vit_tokens(encoder, x, n_blocks)
-    if tokens=='patch': return patches
-    if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token (it averages its patches): pass n_blocks=1, avgpool=False, tokens='class' or 'patch'")
-    if tokens=='all':   return torch.cat([cls[-1][:,None], patches.flatten(1,2)], 1)
-    parts = list(cls) + ([patches.mean((1,2))] if avgpool else [])
+    if tokens!='class':
+        cls,patches = vit_tokens(encoder, x)
+        if tokens=='patch': return patches
+        if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token (it pools its patches): pass tokens='class' or 'patch'")
+        return torch.cat([cls[-1][:,None], patches.flatten(1,2)], 1)
+    feats,patches = block_features(encoder, x, n_blocks)
+    parts = [*feats] + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)
 
 # %% ../nbs/06_features.ipynb #83fd60de
@@ -98,7 +100,7 @@ def plain_dl(
         dl.before_iter = before_iter
     return dl
 
-# %% ../nbs/06_features.ipynb #ab954f2c
+# %% ../nbs/06_features.ipynb #8d4f829a
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -155,8 +157,8 @@ def autocast_to(
 def extract_features(
     model:Learner|nn.Module, # A Learner, a model with teacher and student, a wrapper or an encoder
     dl:DataLoader, # Batches that `image_batch` takes, with labels or without: fastai's, PyTorch's, or any iterable
-    n_blocks:int=1, # Class tokens of this many last blocks, for a timm vision transformer
-    avgpool:bool=False, # Add the mean of the last block's patch tokens?
+    n_blocks:int=1, # Number of last blocks of a timm vision transformer to take the feature of: see `block_features`
+    avgpool:bool=False, # Add the mean of the last block's patch tokens
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
     progress:bool=False, # Show a progress bar?
@@ -175,7 +177,8 @@ def extract_features(
     n   = len(dl.dataset) if isinstance(getattr(dl, 'dataset', None), Sized) else 0
     renorm,rows,targs = model_norm(model, stats, dl),_Rows(n, file, dtype),_Rows(n, None, None)           # many small tensors would keep the memory of the large ones between them
     try:
-        with torch.no_grad(), eval_mode(enc), eager(enc):
+        with torch.no_grad(), eval_mode(enc), eager(enc), attention_kept(enc):
+            set_fused_attention(enc, dev, dict(bf16=torch.bfloat16).get(precision, getattr(next(enc.parameters(), None), 'dtype', torch.float32)))
             for b in progress_bar(dl, leave=False) if progress else dl:
                 x,*y = image_batch(b)
                 with autocast_to(precision, dev): f = encode(enc, renorm(x.to(dev)), n_blocks, avgpool, **kwargs)

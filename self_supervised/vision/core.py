@@ -359,7 +359,7 @@ class TeacherStudent(MultiView):
         self.skipped = False
     def after_train(self): self._move('after_train')
 
-# %% ../../nbs/30_vision.core.ipynb #a1a2b7fa
+# %% ../../nbs/30_vision.core.ipynb #e6795601
 class AnyMixedPrecision(MixedPrecision):
     "`MixedPrecision` on the device of the model"
     name,inside = 'mixed_precision',False
@@ -374,12 +374,14 @@ class AnyMixedPrecision(MixedPrecision):
         if dev=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported(): raise ValueError("this GPU has no bfloat16: pass precision='fp16'")
         self.kwargs['enabled'] = dtype==torch.float16
         self.autocast,self.learn.scaler,self.scales = torch.autocast(dev, dtype=dtype),torch.amp.GradScaler(dev, **self.kwargs),L()
+        set_fused_attention(self.model, torch.device(dev), dtype)        # for the whole fit: activation checkpointing computes the forward again
     def before_batch(self):
         self.leave()                                             # a batch that was cancelled before its loss
         super().before_batch()
         self.inside = True
     def after_fit(self):
         self.leave()
+        set_fused_attention(self.model, torch.device('cpu'), torch.float32)
         super().after_fit()
     def after_loss(self):
         super().after_loss()
