@@ -110,6 +110,7 @@ def test_a_command_that_cannot_learn_says_so_before_it_overwrites(tmp_path, caps
     assert run_command(dino_train, args)==0
     assert run_command(dino_train, args+['--overwrite','--grad-accumulation','100'])==2
     assert 'a step is taken after 100 batches, but the run has 2 (2 per epoch)' in capsys.readouterr().err and kept(tmp_path)['epoch']==1
+    assert run_command(dino_train, args[:-1]+['2','--resume','--more-epochs','hold'])==0 and (kept(tmp_path)['epoch'],kept(tmp_path)['planned'])==(2,1)
     assert run_command(dino_train, args+['--overwrite','--more-epochs','never'])==2 and '--more-epochs never: pass one of replan, hold' in capsys.readouterr().err
 
 # what ends a run
