@@ -170,7 +170,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #495d7567
+# %% ../../nbs/30_vision.core.ipynb #1d6fcf66
 class _Table(ProgressCallback):
     "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
     name = 'progress'
@@ -220,7 +220,7 @@ class MultiView(Callback):
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
         bar = getattr(self.learn, 'progress', None)
-        if type(bar) is ProgressCallback: bar.__class__ = _Table # `no_bar` makes a new one each time
+        if type(bar) is ProgressCallback: object.__setattr__(bar, '__class__', _Table)         # `no_bar` makes a new one each time
         stats = getattr(self.aug_pipelines, 'stats', None) or stats_of(self.aug_pipelines)
         if stats is not None: self.nets.set_stats(*stats)
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
