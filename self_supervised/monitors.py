@@ -15,7 +15,7 @@ from .features import *
 from .objectives import *
 from .evaluation.knn import *
 
-# %% ../nbs/20_monitors.ipynb #ce6f9b0d
+# %% ../nbs/20_monitors.ipynb #568419d2
 _ends = (CancelFitException, CancelEpochException, CancelTrainException, CancelValidException, CancelBatchException, CancelStepException, CancelBackwardException)
 
 def _value(f, name):
@@ -35,7 +35,7 @@ def set_metrics(
 
 class Monitor(Callback):
     "Reckons a number after each epoch of training, for the recorder to show"
-    order,run_valid,column = MixedPrecision.order+8,False,None   # behind the method (+2), before Recorder (50)
+    order,run_valid,column,failed = MixedPrecision.order+8,False,None,-1       # behind the method (+2), before Recorder (50)
     def before_fit(self):
         self.number,self.messages = math.nan,[]                  # not None, which TensorBoard refuses
         if not no_fit(self.learn): set_metrics(self.learn, **{self.column: self.value})
@@ -43,10 +43,12 @@ class Monitor(Callback):
 
     def __call__(self, event_name):
         "What fails once training has begun is said, and does not cost the epoch; what fails in `before_fit` is raised"
+        if event_name=='before_fit': self.failed = -1
+        elif self.failed==getattr(self.learn, 'epoch', None): return               # the rest of that epoch
         try: return super().__call__(event_name)
         except Exception as e:
             if event_name=='before_fit' or isinstance(e, _ends) or n_processes()>1 and not getattr(e, 'in_all_processes', False): raise
-            self.number = math.nan
+            self.number,self.failed = math.nan,self.epoch
             self.messages.append(f"epoch {self.epoch}: {self.name} failed ({_cause(e)}): its column is left out of this epoch, and training goes on")
             if not rank_distrib(): warnings.warn(self.messages[-1])
 

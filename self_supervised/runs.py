@@ -16,7 +16,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #381ffece
+# %% ../nbs/21_runs.ipynb #3116f8d4
 class _AtEpochEnd(Callback):
     "Calls `epoch_done` once after each epoch that was trained, also where another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -50,6 +50,10 @@ def _run_state(state):
     "`state`, if it is one of a run"
     odd = [k for k,t in _run_types.items() if not isinstance(state, dict) or not isinstance(state.get(k, ...), t)]
     odd = odd or [k for k,t in _newer_types.items() if k in state and not isinstance(state[k], t)]
+    if not odd:
+        rec,said = state.get('recorder', {}),state.get('callbacks', {})
+        whole = dict(planned=state.get('planned', 1)>0, recorder=not rec or all(isinstance(o, list) for o in [rec.get('names'),rec.get('values'),*L(rec.get('values'))]), callbacks=all(isinstance(o, dict) for o in said.values()))
+        odd = [k for k,ok in whole.items() if not ok]
     if odd: raise ValueError(f"it has no {', '.join(odd)} of a run")
     return state
 
@@ -125,7 +129,8 @@ class RunCheckpoint(_AtEpochEnd):
         self.past = {e: dict(zip(rec['names'], row)) for e,row in enumerate(rec['values'])} if rec else {}
         for c in self.learn.cbs:
             for k,v in _state_of(c).items():
-                if k in said.get(c.name, {}): setattr(c, k, type(v)(said[c.name][k]) if isinstance(v, dict) else said[c.name][k])
+                new = said.get(c.name, {}).get(k, v)
+                if all(isinstance(v, t)==isinstance(new, t) for t in (dict,(int,float))): setattr(c, k, type(v)(new) if isinstance(v, dict) else new)
         self.resting = [c for c in self.learn.cbs if self.first_epoch and c.run and not isinstance(c, (_AtEpochEnd,Recorder,ProgressCallback)) and any(hasattr(c, e) for e in ('before_epoch','after_cancel_epoch','after_epoch'))]
         for c in self.resting: c.run = False                     # epochs that are skipped are no news: trackers fail on them, loggers would have them twice
         self._plan(file, state.get('planned', self.n_epoch))

@@ -140,7 +140,7 @@ def backbone_for(
     stats = own if own and len(own[0])==n_in else imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return MultiCropWrapper(enc),nf,stats
 
-# %% ../../nbs/30_vision.core.ipynb #22b70b05
+# %% ../../nbs/30_vision.core.ipynb #921f1604
 def _batches_a_step(bs, cbs):
     acc = first(cbs, lambda o: isinstance(o, GradientAccumulation))
     return math.ceil(acc.n_acc/bs) if acc else 1
@@ -149,7 +149,7 @@ def _check_accumulation(n, bs, n_epoch, cbs):
     "Refuse a run that would end before its first step"
     n_acc,total = _batches_a_step(bs, cbs),n*n_epoch
     if n_acc>1 and 0<total<n_acc:
-        raise ValueError(f"a step is taken after {n_acc} batches, but the run has {total} ({n_epoch} epochs of {n}), and would learn nothing: accumulate {total} batches or fewer, GradientAccumulation({total*bs}), or train for more epochs")
+        raise ValueError(f"a step is taken after {n_acc} batches, but the run has {total} ({n} per epoch), and would learn nothing: accumulate {total} batches or fewer, GradientAccumulation({total*bs}), or train for more epochs")
 
 @torch.no_grad()
 def clip_per_param(
@@ -171,7 +171,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #f6d91e05
+# %% ../../nbs/30_vision.core.ipynb #c8cd0d8a
 class _Table(ProgressCallback):
     "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
     name = 'progress'
@@ -179,7 +179,7 @@ class _Table(ProgressCallback):
         def cell(v, name):
             if not isinstance(v, float): return v
             fits = [s for d in range(6, -1, -1) if len(s := f'{v:.{d}f}')<=max(8, len(name))]
-            return '' if math.isnan(v) else (fits or [f'{v:.2e}'])[0]
+            return '' if math.isnan(v) else (fits or [f'{v:.1e}'])[0]
         super()._write_stats([cell(v, n) for v,n in zip(log, self.recorder.metric_names)] if len(log)==len(self.recorder.metric_names) else log)
 
 class MultiView(Callback):
@@ -230,7 +230,7 @@ class MultiView(Callback):
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
         bar = getattr(self.learn, 'progress', None)
-        if type(bar) is ProgressCallback: bar.__class__ = _Table # `no_bar` makes a new one each time
+        if type(bar) is ProgressCallback: object.__setattr__(bar, '__class__', _Table)         # `no_bar` makes a new one each time
         self._set_stats()
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):

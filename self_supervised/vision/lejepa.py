@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/36_vision.lejepa.ipynb #9a8f2c99
+# %% ../../nbs/36_vision.lejepa.ipynb #b7a8bc17
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and of local views
@@ -37,9 +37,10 @@ def create_lejepa_model(
     return StudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,hidden_dim,out_dim])), stats=stats)
 
 def _is_convnet(encoder):
-    "Are there convolutions that overlap, unlike those that cut an image into patches, and no attention?"
-    convs = [m for m in encoder.modules() if isinstance(m, nn.Conv2d)]
-    return any(max(m.kernel_size)>max(m.stride) for m in convs) and not any('attn' in n or 'attention' in n for n,_ in encoder.named_modules())
+    "Are there convolutions that overlap, unlike those that cut an image into patches, and no self-attention?"
+    def attends(m): return re.search('Att(entio)?n(?!Pool)', type(m).__name__) and any(isinstance(o, nn.Linear) for o in m.children())
+    ms = list(encoder.modules())
+    return any(isinstance(m, nn.Conv2d) and max(m.kernel_size)>max(m.stride) for m in ms) and not any(map(attends, ms))
 
 class LeJEPA(MultiView):
     "Views agree, and projections are normal (Balestriero and LeCun 2025)"
