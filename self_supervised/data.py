@@ -233,7 +233,7 @@ def n_images(
         raise ValueError(f"a {type(dl).__name__} of a {type(getattr(dl, 'dataset', dl)).__name__} does not say how many images it has, which the schedules of training need: "
                          "give the data set a __len__ that returns their number") from None
 
-# %% ../nbs/00_data.ipynb #eac42d25
+# %% ../nbs/00_data.ipynb #e6359668
 class Paths(Sequence):
     "Paths as one array of bytes"
     def __init__(self,
@@ -264,20 +264,30 @@ class Paths(Sequence):
 
     def __eq__(self, o): return isinstance(o, (Sequence,L)) and len(self)==len(o) and all(a==b for a,b in zip(self, o))
     __hash__ = None
+    def __iter__(self):
+        for i in range(0, len(self), 10_000): yield from self._decoded(i, min(i+10_000, len(self)))
+
+    def _decoded(self, i, j):                                    # many at once are ten times as fast
+        js = torch.arange(i, j) if self.idxs is None else self.idxs[i:j].long()
+        names,ends = self.names.numpy(),self.ends
+        return [Path(self.folders[d], os.fsdecode(names[a:b].tobytes())) for a,b,d in zip(ends[js].tolist(), ends[js+1].tolist(), self.at[js].tolist())]
+
     def __repr__(self): return f"(#{len(self)}) [{', '.join(map(repr, self[:10]))}{', ...' if len(self)>10 else ''}]"
 
-# %% ../nbs/00_data.ipynb #e2d40640
+# %% ../nbs/00_data.ipynb #221c7076
 class ImageFiles:
     "Image files as a data set of `(image,)`"
     n_inp = 1
     def __init__(self,
-        items:list, # Files
+        items:list, # Files; or images as `open_fn` gives them
         open_fn:Callable, # File to Pillow image, array or tensor
         split_idx:int=0, # 0 in training, 1 in validation
         replace:bool=True # May another image take the place of one that cannot be read?
     ): store_attr()
     def __len__(self): return len(self.items)
-    def __getitem__(self, i): return (_Open(self.open_fn)(self.items[i]),)
+    def __getitem__(self, i):
+        o = self.items[i]
+        return (_to_image(self.open_fn(o) if isinstance(o, (str,Path)) else o),)
     def new(self, items): return ImageFiles(_as_files(items), self.open_fn, 1, False)
     def new_empty(self): return ImageFiles(self.items[:0], self.open_fn, self.split_idx, self.replace)
 

@@ -180,8 +180,9 @@ def test_views_that_do_not_say_what_they_normalise_with_are_named_once():
             with quiet(learn): learn.fit_dino(1)
     told = [str(o.message) for o in w if 'what they normalise' in str(o.message)]
     assert len(told)==1 and 'DINO(..., stats=' in told[0] and '0.485' in told[0]
-    for stats in (([.5]*3,[.25]*3), ([0]*3,[1]*3)):
-        given = dino_learner(dls_of(images()), 'convnet_mini', plain_views(16), out_dim=8, stats=stats)
+    for stats,by in ((([.5]*3,[.25]*3),'argument'), (([0]*3,[1]*3),'argument'), (([.5]*3,[.25]*3),'set_stats')):
+        given = dino_learner(dls_of(images()), 'convnet_mini', plain_views(16), out_dim=8, **(dict(stats=stats) if by=='argument' else {}))
+        if by=='set_stats': given.model.set_stats(*stats)
         with warnings.catch_warnings():
             warnings.filterwarnings('error', message='.*what they normalise')
             with quiet(given): given.fit_dino(1)
