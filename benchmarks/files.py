@@ -6,7 +6,7 @@ Bytes for each file above what a list of 1,000 takes: in the main process after 
 process, once it has gone through its part of the files and Python has collected garbage. Each contestant is in a process of its own; its worker is a fork that does to the names what a
 worker does, and opens no file. Beside ours a list of `Path`s with PyTorch's DataLoader, and with fastai's. Linux alone tells a process what is its own.
 """
-import gc, itertools, json, multiprocessing, os, subprocess, sys, types
+import gc, itertools, json, multiprocessing, subprocess, sys
 from pathlib import Path
 import torch
 from fastai.vision.all import Datasets, L, TfmdDL
@@ -14,7 +14,7 @@ from self_supervised.data import unlabelled_dls
 from .memory import _status
 from .race import main, rows_of
 
-def names(n): return (f'/data/imagenet/train/n{i//1300:08}/n{i//1300:08}_{i}.JPEG' for i in range(n))
+def names(n): return ((f'/data/imagenet/train/n{i//1300:08}', f'n{i//1300:08}_{i}.JPEG') for i in range(n))        # folder and name, as a folder is read
 
 def blank(fn): return torch.zeros(3, 8, 8)
 
@@ -26,13 +26,13 @@ def ours(n):
     return dl,worker
 
 def fastai(n):
-    dl = TfmdDL(Datasets(L(map(Path, names(n))), [[blank]], do_setup=False), 2, shuffle=True, drop_last=True, num_workers=0, device='cpu')
+    dl = TfmdDL(Datasets(L(Path(*o) for o in names(n)), [[blank]], do_setup=False), 2, shuffle=True, drop_last=True, num_workers=0, device='cpu')
     def worker():
         for i in dl.sample(): dl.dataset.items[i]
     return dl,worker
 
 def plain(n):
-    files = [*map(Path, names(n))]
+    files = [Path(*o) for o in names(n)]
     class Files(torch.utils.data.Dataset):
         def __len__(self): return n
         def __getitem__(self, i): return blank(files[i])
@@ -60,6 +60,7 @@ def measure(
     next(batches)
     here = 1e6*(_status('VmRSS')-before)
     def child(out):
+        torch.set_num_threads(1)                                 # as in a worker: the threads of the main process are not here
         dl.__dict__['num_workers'] = workers
         worker()
         gc.collect()
