@@ -68,6 +68,7 @@ def measure(
     a,b = multiprocessing.Pipe()
     p   = multiprocessing.get_context('fork').Process(target=child, args=(b,))
     p.start()
+    b.close()                                                    # else a child that failed is waited for
     there = a.recv()
     p.join()
     return here,there
