@@ -69,7 +69,7 @@ def gather_objects(
     dist.all_gather_object(outs, o)
     return outs
 
-# %% ../nbs/09_distributed.ipynb #f6181fea
+# %% ../nbs/09_distributed.ipynb #50cc4616
 @delegates(extract_features, but=['file'])
 def shared_features(
     model:Learner|nn.Module, # What `extract_features` takes
@@ -82,7 +82,7 @@ def shared_features(
     n,w = len(dl.get_idxs()),n_processes()                       # in the order of the data set
     if n<w: return extract_features(model, dl, **kwargs)
     idxs = list(range(n))[dist.get_rank()::w]
-    dl.get_idxs = lambda: idxs
+    dl.get_idxs = partial(noop, idxs)
     f,y  = extract_features(model, dl, **kwargs)
     order = torch.cat([torch.arange(n)[r::w] for r in range(w)]).argsort()
     back  = lambda t: t if t is None else gather_rows(t.to(_device())).cpu()[order]
