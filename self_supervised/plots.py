@@ -104,7 +104,7 @@ def show_tsne(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/40_plots.ipynb #0fad5ee1
+# %% ../nbs/40_plots.ipynb #3e7fc832
 def _as_images(
     x, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
     n_in=3 # Channels that files and Pillow images are opened with
@@ -113,7 +113,7 @@ def _as_images(
         xs = [_as_images(o, n_in) for o in x]
         if len({o.shape[1:] for o in xs})>1: raise ValueError(f"images of {', '.join(sorted({f'{o.shape[-1]}x{o.shape[-2]}' for o in xs}))} pixels: pass images of one size, or one at a time")
         return torch.cat(xs)
-    if isinstance(x, (str,Path,Image.Image)): x = image2tensor(open_image(x, opener(n_in)).convert('RGB' if n_in==3 else 'L'))
+    if not isinstance(x, Tensor): x = image_tensor(x, n_in)
     x = to_unit(x).float()
     return x if x.ndim==4 else x[None]
 

@@ -93,7 +93,7 @@ def patch_tokens(
     enc,_,z = for_encoder(encoder, images, stats, who)
     with torch.no_grad(), eval_mode(enc), eager(enc): return torch.cat([vit_tokens(enc, o)[1].float().cpu() for o in z.split(bs)])
 
-# %% ../nbs/44_widgets.ipynb #c20976ac
+# %% ../nbs/44_widgets.ipynb #fd423479
 _esm = """
 export default { render({ model, el }) {
   const box = document.createElement('div'), img = document.createElement('img'), mark = document.createElement('div')
@@ -171,7 +171,7 @@ def explore_attention(
     if isinstance(images, (str,Path)): images,size = find_images(images)[:n_max],ifnone(size, 224)
     if size and not isinstance(images, Tensor):
         open_fn = opener(channels_of(encoder_of(encoder, who)))
-        images  = [SquareCrop(size)(open_image(o, open_fn), split_idx=1) for o in images]
+        images  = [im for _,im in try_images(images, lambda o: SquareCrop(size)(open_image(o, open_fn), split_idx=1))]
     enc,x,_ = for_encoder(encoder, images, stats, who)
     tokens  = patch_tokens(encoder, x, stats, who)
     h,w     = tokens.shape[1:3]
