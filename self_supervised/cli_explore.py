@@ -61,7 +61,7 @@ def embed_main():
     "The command `dino_embed`"
     sys.exit(run_command(dino_embed))
 
-# %% ../nbs/54_cli_explore.ipynb #46636552
+# %% ../nbs/54_cli_explore.ipynb #ebab7106
 _page = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
 <style>
@@ -162,7 +162,7 @@ def dino_explore(
     pretrained:bool=False, # Released weights of a timm model
     who:str='teacher', # teacher or student, of a checkpoint
     size:int=224, # Side of the square that the encoder sees, in pixels
-    open_fn:str=None, # Function that opens the files, module:function, as for dino_train; of several channels the first three are shown
+    open_fn:str=None, # Function that opens the files, module:function, as for dino_train; of other than one or three channels the mean is shown
     batch_size:int=64, # Images in a batch
     num_workers:int=0, # Processes that open images
     precision:str='fp32', # fp32, bf16 or fp16

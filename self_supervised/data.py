@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'Unreadable', 'opener', 'read_image', 'open_image', 'try_images',
            'image_tensor', 'SquareCrop', 'to_unit', 'check_unit', 'image_batch', 'NoImages', 'image_dls', 'n_images',
-           'Paths', 'ImageFiles', 'FilesDL', 'list_bad_files', 'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls',
-           'as_in_validation', 'takes_any_file', 'unlabelled_dls', 'list_images', 'find_images', 'channel_stats',
-           'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'MiddleCrop', 'class_files',
-           'labelled_dls', 'MissingExtra', 'need_extra']
+           'Paths', 'ImageFiles', 'FilesDL', 'as_picture', 'list_bad_files', 'ReadableDL', 'CachedImages', 'CachedDL',
+           'cached_dls', 'as_in_validation', 'takes_any_file', 'unlabelled_dls', 'list_images', 'find_images',
+           'channel_stats', 'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'ToUnit',
+           'MiddleCrop', 'class_files', 'labelled_dls', 'MissingExtra', 'need_extra']
 
 # %% ../nbs/00_data.ipynb #31e06f87
 from fastai.vision.all import *
@@ -105,7 +105,7 @@ def opener(
     if n_in not in (1,3): raise ValueError(f"{n_in} channels: files are opened in colour (3) or in grey (1); for others {instead}")
     return open_rgb if n_in==3 else open_gray
 
-# %% ../nbs/00_data.ipynb #f7f3eae6
+# %% ../nbs/00_data.ipynb #62f85fe6
 _tops = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}
 
 def _to_image(
@@ -116,7 +116,7 @@ def _to_image(
     if isinstance(o, Image.Image):
         im = _unpacked(ImageOps.exif_transpose(o), _top(o), ifnone(fn, o))           # a copy: of a file that is not loaded yet, fastai would make an image without pixels
         return PILImage(im) if isinstance(im, Image.Image) else im
-    if isinstance(o, np.ndarray): o = np.ascontiguousarray(o, dtype=o.dtype.newbyteorder('='))
+    if isinstance(o, np.ndarray): o = np.require(o, o.dtype.newbyteorder('='), 'CW')
     t = torch.as_tensor(o)
     if t.ndim==2: t = t[None]
     elif t.ndim==3 and isinstance(o, np.ndarray): t = t.permute(2,0,1)
@@ -372,6 +372,13 @@ class FilesDL(TfmdDL):
     def wif(self):                                               # in a worker
         gc.freeze()
         warnings.filterwarnings('ignore', module='PIL')          # what Pillow has to say of images that it reads
+
+# %% ../nbs/00_data.ipynb #95ee8f20
+def as_picture(
+    x:Image.Image|Tensor # A Pillow image, or images (...,C,H,W)
+)->Image.Image|Tensor: # The same, or (...,1,H,W)
+    "Images that can be drawn: of other than one or three channels their mean"
+    return x if isinstance(x, Image.Image) or x.shape[-3] in (1,3) else to_unit(x).mean(-3, keepdim=True)
 
 # %% ../nbs/00_data.ipynb #8ecbadb9
 def _stride(n): return next(k for k in itertools.count(max(1, int(.618*n))) if math.gcd(k, n)==1)             # no common divisor: it comes by every file
@@ -721,7 +728,7 @@ def shapes_dls(
     "Ten kinds of drawn shapes with their labels; choose settings with `holdout='valid'`, report with 'test'"
     return _memory_dls(ShapesDataset, *_draw_shapes(size), bs, holdout, device)
 
-# %% ../nbs/00_data.ipynb #27f0f636
+# %% ../nbs/00_data.ipynb #10aa1f03
 _parts = dict(train=('train','training'), test=('test','testing'), valid=('val','valid','validation','dev','eval','evaluation'))
 
 def _part(name): return first(k for k,names in _parts.items() if name.lower() in names)
@@ -733,6 +740,10 @@ class _ClassOf(Transform):
         root = first(r for r in self.roots if Path(f).is_relative_to(r))
         if root is None: raise ValueError(f"{_shown(f)} is not in {' or '.join(map(str, self.roots))}, where its folder would be its class")
         return Path(f).relative_to(root).parts[0]
+
+class ToUnit(IntToFloatTensor):
+    "fastai's transform divides floats by 255 as well; these are in [0,1] already"
+    def encodes(self, x:TensorImage): return TensorImage(to_unit(x))
 
 class MiddleCrop(Transform):
     "The middle square of an image"
@@ -795,7 +806,7 @@ def labelled_dls(
     if not takes_any_file(open_fn): _warn_few_levels(items)
     xs,ys = [_Open(open_fn)],[_ClassOf(roots),Categorize(vocab=classes)]
     dsets = Datasets(tls=[TfmdLists(items, t, splits=splitter(items), do_setup=t is ys, types=[t[0].input_types]) for t in (xs,ys)])      # setup would open the first file, which may be a bad one
-    dls   = dsets.dataloaders(path=path, bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor], after_batch=[IntToFloatTensor,*L(kwargs.pop('batch_tfms', None))], **kwargs)
+    dls   = dsets.dataloaders(path=path, bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor], after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
     for dl in dls: dl.dataset.replace = True
     return dls
 

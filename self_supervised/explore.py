@@ -120,17 +120,17 @@ def load_embedding(
         with np.load(file) as z: return pd.DataFrame(z['features'], index=pd.Index(z['image'], name='image'), columns=[f'f{i}' for i in range(z['features'].shape[1])])
     except Exception as e: raise ValueError(f"{file} holds no features ({first_line(e)}): pass a file that save_embedding or dino_embed wrote") from e
 
-# %% ../nbs/43_explore.ipynb #e1ad15ad
+# %% ../nbs/43_explore.ipynb #aff23034
 class Thumbnails:
     "The images of a folder by their names, as small squares"
     def __init__(self,
         folder:str|Path='.', # Folder that the names are relative to
         size:int=96, # Side, in pixels
-        open_fn:Callable|None=None # What `embed` opened them with; of several channels the first three are shown
+        open_fn:Callable|None=None # What `embed` opened them with; of other than one or three channels the mean is shown
     ): self.folder,self.size,self.open_fn = Path(folder),size,ifnone(open_fn, partial(open_rgb, size=size))
     def __getitem__(self, name):
         im = SquareCrop(self.size)(read_image(self.folder/str(name), self.open_fn), split_idx=1)
-        return open_image(im if isinstance(im, Image.Image) else im[:3] if len(im)>2 else im[:1])
+        return open_image(as_picture(im))
 
 def _named(feats):
     "Names of the images, and their features made of length 1"
@@ -143,7 +143,7 @@ def _named(feats):
 
 def _picture(images, name):
     im = images[name]
-    return im[0] if isinstance(im, tuple) else im
+    return as_picture(im[0] if isinstance(im, tuple) else im)
 
 def _rows(rows, axs, size=1.15):
     "Rows of (picture, title)"
