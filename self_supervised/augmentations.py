@@ -417,7 +417,7 @@ class ColorJitterPerImage(K.ColorJitter):
         on = (params['batch_prob']>.5).cpu()[:,None] & (f!=tensor([1.,1.,1.,0.]))
         return color_jitter(input.float().clamp(0,1), f, params['order'].cpu(), on).to(input.dtype)
 
-# %% ../nbs/01_augmentations.ipynb #661e00cf
+# %% ../nbs/01_augmentations.ipynb #b4c008d2
 def show_views(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     pipelines:list, # What makes the views
@@ -433,6 +433,6 @@ def show_views(
     for row,img in enumerate(x):
         for col,o in enumerate([img.cpu()]+[v[row]*std+mean for v in views]):
             o = o.clamp(0,1)
-            show_image(o if o.shape[0] in (1,3) else o.mean(0, keepdim=True), ctx=axs[row,col], cmap='gray',
+            show_image(as_picture(o), ctx=axs[row,col], cmap='gray',
                        title=None if row else f'view {col}\n{o.shape[-1]} px' if col else 'image')
     return axs

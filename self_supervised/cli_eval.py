@@ -47,12 +47,12 @@ def open_encoder(
     if pretrained and not timm.is_model_pretrained(str(src)): raise ValueError(f"--pretrained: timm has no released weights of {src}; leave it out for an untrained network")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/51_cli_eval.ipynb #524fc64b
+# %% ../nbs/51_cli_eval.ipynb #51c3aee8
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
     if a.data is None: return digits_dls(a.size or 16, a.batch_size, device=a.device)
-    return labelled_dls(a.data, a.size or 224, a.batch_size, num_workers=a.num_workers, n_in=a.n_in, seed=a.seed, device=a.device, **kwargs)
+    return labelled_dls(a.data, a.size or 224, a.batch_size, num_workers=a.num_workers, open_fn=a.opens, seed=a.seed, device=a.device, **kwargs)
 
 def _group_of(pattern, file):
     m = re.search(pattern, file.name)
@@ -82,7 +82,7 @@ def _linear(enc, a):
         return pd.DataFrame({str(a.linear_weights): _tops(lin.to(f.device)(f), y)}).T.rename_axis('classifier')
     size  = ifnone(a.size, 16 if a.data is None else 224)
     view  = probe_view(size, a.n_in) if a.augment else None
-    uncut = labelled_dls(a.data, round(size/.875), a.batch_size, crop_pct=1, num_workers=a.num_workers, n_in=a.n_in, seed=a.seed, device=a.device)[0] if a.augment and a.data else None
+    uncut = labelled_dls(a.data, round(size/.875), a.batch_size, crop_pct=1, num_workers=a.num_workers, open_fn=a.opens, seed=a.seed, device=a.device)[0] if a.augment and a.data else None
     return linear_probe(enc, dls, tuple(a.n_blocks), (False,True) if a.avgpool else False, tuple(a.lrs), ifnone(a.epochs, 100), valid_pct=a.valid_pct, augment=view, augment_dl=uncut, **_common(a))[0]
 
 def _lowshot(enc, a):
@@ -105,12 +105,12 @@ def _finetune(enc, a):
 
 def _retrieval(enc, a):
     scales = (1,2**-.5,.5) if a.multiscale else (1,)
-    return retrieval_accuracy(enc, a.data, a.benchmark, a.size or 512, scales, a.crop_queries, precision=a.precision, num_workers=a.num_workers, progress=a.progress).round(2)
+    return retrieval_accuracy(enc, a.data, a.benchmark, a.size or 512, scales, a.crop_queries, precision=a.precision, num_workers=a.num_workers, open_fn=a.opens, progress=a.progress).round(2)
 
 def _copydetection(enc, a):
     days = (Path(a.data)/'original').is_dir()
     f    = copydays_accuracy if days else partial(copy_detection, seed=a.seed)
-    return f(enc, a.data, a.distractors, whiten_on=a.whiten_on, size=a.size or 320, precision=a.precision, num_workers=a.num_workers, progress=a.progress).round(2)
+    return f(enc, a.data, a.distractors, whiten_on=a.whiten_on, size=a.size or 320, precision=a.precision, num_workers=a.num_workers, open_fn=a.opens, progress=a.progress).round(2)
 
 def _video(enc, a): return video_accuracy(enc, a.data, a.masks_out, a.split, size=a.size or 480, progress=a.progress).round(2)
 
@@ -124,7 +124,7 @@ def _unlabelled(enc, a):
     saved  = src.is_dir() and any(f.stem[len('checkpoint'):].isdigit() for f in src.glob('checkpoint*.pth'))
     models = {f'epoch {e}':f for e,f in run_checkpoints(src).items()} if saved else {src.name: enc}
     dl = digits_dls(a.size or 16, a.batch_size, device=a.device)[0] if a.data is None else \
-         unlabelled_dls(a.data, a.size or 224, 1, num_workers=a.num_workers, seed=a.seed, device=a.device, open_fn=open_rgb if a.n_in==3 else open_gray).train.new(bs=a.batch_size)
+         unlabelled_dls(a.data, a.size or 224, 1, num_workers=a.num_workers, seed=a.seed, device=a.device, open_fn=a.opens).train.new(bs=a.batch_size)
     return rank_table(models, dl, a.who, a.device, precision=a.precision, progress=a.progress).round(3)
 
 _protocols = dict(knn=_knn, linear=_linear, lowshot=_lowshot, finetune=_finetune, retrieval=_retrieval, copydetection=_copydetection, video=_video,
@@ -133,9 +133,9 @@ _labelled  = ('knn','linear','lowshot','finetune','unlabelled')
 _defaults  = dict(k=[10,20,100,200], n_blocks=[1], lrs=[1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.], labels=[1.,.01,.1])
 _common_options = 'pretrained who size n_in num_workers device seed'.split()
 _options = {p: _common_options+o.split() for p,o in dict(                       # what each protocol looks at
-    knn='batch_size precision groups k temperature', linear='batch_size precision groups n_blocks avgpool lrs valid_pct augment linear_weights epochs',
-    lowshot='batch_size precision groups labels draws', finetune='batch_size epochs lr', retrieval='precision benchmark multiscale crop_queries',
-    copydetection='precision distractors whiten_on', video='split masks_out', segmentation='masks objects keep split', unlabelled='batch_size precision').items()}
+    knn='open_fn batch_size precision groups k temperature', linear='open_fn batch_size precision groups n_blocks avgpool lrs valid_pct augment linear_weights epochs',
+    lowshot='open_fn batch_size precision groups labels draws', finetune='open_fn batch_size epochs lr', retrieval='open_fn precision benchmark multiscale crop_queries',
+    copydetection='open_fn precision distractors whiten_on', video='split masks_out', segmentation='masks objects keep split', unlabelled='open_fn batch_size precision').items()}
 
 def _check(a, given):
     if a.protocol not in _protocols: raise ValueError(f"{a.protocol} is no protocol: pass one of {', '.join(_protocols)}")
@@ -143,6 +143,7 @@ def _check(a, given):
     if a.data is None and a.protocol not in _labelled: raise ValueError(f"{a.protocol} needs images: pass --data FOLDER")
     if a.data is not None and not Path(a.data).is_dir(): raise ValueError(f"--data {a.data} is no folder")
     if a.data is None and a.groups: raise ValueError("--groups without --data: the digits have no files; pass --data FOLDER")
+    if a.data is None and a.open_fn: raise ValueError("--open-fn without --data: the digits have no files; pass --data FOLDER")
     if a.data is None and given.get('n_in',3)!=3: raise ValueError("--n-in without --data: the digits have three channels; pass --data FOLDER")
     for o in given:
         if o not in _options[a.protocol]:
@@ -161,7 +162,7 @@ def device_named(
     if dev.type!='cpu' and (dev.index or 0)>=torch.accelerator.device_count(): raise ValueError(f"--device {name}: this machine has {dev.type}:0 to {dev.type}:{torch.accelerator.device_count()-1}")
     return dev
 
-# %% ../nbs/51_cli_eval.ipynb #ad5c59f3
+# %% ../nbs/51_cli_eval.ipynb #ddd79247
 def dino_eval(
     protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
     encoder:Annotated[str, {'nargs':'+'}]=None, # Files of export_encoder, checkpoints or folders of runs, timm names, pixels: several stand in one table
@@ -170,7 +171,8 @@ def dino_eval(
     pretrained:bool=False, # Released weights of a timm model
     who:str='teacher', # teacher or student, of a checkpoint
     size:int=None, # Pixels: side of squares (224; digits 16; copydetection 320), longest side (retrieval 512), shortest side (video, segmentation 480)
-    n_in:int=None, # Channels: 3, or 1 for grey images (default: the encoder's)
+    n_in:int=None, # Channels: 3, or 1 for grey images; other numbers with --open-fn (default: the encoder's)
+    open_fn:str=None, # knn, linear, lowshot, finetune, unlabelled, retrieval, copydetection: function that opens the files, module:function, as for dino_train
     batch_size:int=64, # Images in a batch
     num_workers:int=0, # Processes that open images
     precision:str='fp32', # fp32, bf16 or fp16
@@ -214,7 +216,9 @@ def dino_eval(
     for e in encoders:
         set_seed(seed)
         enc = open_encoder(e, pretrained, who, ifnone(n_in, 3)).to(a.device)
-        tables[e] = _protocols[protocol](enc, AttrDict(a, encoder=e, n_in=ifnone(n_in, channels_of(enc))))
+        n = ifnone(n_in, channels_of(enc))
+        opens = opener(n, named_open_fn(open_fn), 'pass --open-fn' if 'open_fn' in _options[protocol] else f'{protocol} needs tensors, which a script can pass') if data else None
+        tables[e] = _protocols[protocol](enc, AttrDict(a, encoder=e, n_in=n, opens=opens))
     table = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
     res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
                  settings={o:a[o] for o in _options[protocol]}, versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
@@ -223,7 +227,7 @@ def dino_eval(
     print(f"{' '.join(encoders)} on {res['data']}, {res['seconds']} s; the table is in {out}")
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
 
-# %% ../nbs/51_cli_eval.ipynb #14fb5367
+# %% ../nbs/51_cli_eval.ipynb #abb5541a
 def dino_attention(
     image:str, # Image file, or a folder of frames for a video
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, or timm name
@@ -246,7 +250,7 @@ def dino_attention(
     files = image_files(src) if src.is_dir() else [src]
     out = Path(out or f"{src.stem}_attention.{'gif' if src.is_dir() else 'png'}")
     def opened(f):
-        im = open_image(f, opener(n_in))
+        im = open_image(f, opener(n_in, instead='call show_attention with tensors'))
         return im.resize([max(size, round(s*size/min(im.size))) for s in im.size], Image.BICUBIC) if size else im
     frames = L(files).map(opened)
     if src.is_dir(): attention_video(enc, frames, out, keep=keep, fps=fps)

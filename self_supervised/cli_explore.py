@@ -18,17 +18,18 @@ from .checkpoints import *
 from .explore import *
 from .cli_eval import *
 
-# %% ../nbs/54_cli_explore.ipynb #85b6c72d
-def _embedded(folder, encoder, pretrained, who, size, batch_size, num_workers, precision, device, no_progress):
+# %% ../nbs/54_cli_explore.ipynb #70c3db7a
+def _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_workers, precision, device, no_progress):
     "`embed` with the options of the command line; broken files are named"
     if encoder is None: raise ValueError("which encoder? Pass --encoder FILE, a folder of a run, a timm name, or pixels")
     for o,v,low in (('size',size,1), ('batch-size',batch_size,1), ('num-workers',num_workers,0)):
         if v<low: raise ValueError(f"--{o} {v}: pass {low} or more")
     if not Path(folder).is_dir(): raise ValueError(f"{folder} is no folder: pass a folder of images")
     enc = open_encoder(encoder, pretrained, who).to(device_named(device))
+    opens = opener(channels_of(enc), named_open_fn(open_fn), 'pass --open-fn')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'could not read')      # the list is below
-        df = embed(enc, folder, size, batch_size, num_workers, progress=not no_progress, precision=precision)
+        df = embed(enc, folder, size, batch_size, num_workers, progress=not no_progress, precision=precision, open_fn=opens)
     if bad := df.attrs['bad_files']:
         print(f"{len(bad)} files of {folder} could not be read and are left out:")
         for n,e in bad.items(): print(f"  {n!r}: {e}")
@@ -41,6 +42,7 @@ def dino_embed(
     pretrained:bool=False, # Released weights of a timm model
     who:str='teacher', # teacher or student, of a checkpoint
     size:int=224, # Side of the square that the encoder sees, in pixels
+    open_fn:str=None, # Function that opens the files, module:function, as for dino_train
     batch_size:int=64, # Images in a batch
     num_workers:int=0, # Processes that open images
     precision:str='fp32', # fp32, bf16 or fp16
@@ -49,7 +51,7 @@ def dino_embed(
 ):
     "Write the features of all images of a folder, with their file names"
     check_embedding_file(out)                                    # before the work, not behind it
-    df = _embedded(folder, encoder, pretrained, who, size, batch_size, num_workers, precision, device, no_progress)
+    df = _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_workers, precision, device, no_progress)
     save_embedding(df, out)
     print(f"{len(df)} images of {folder}, {df.shape[1]} features each: {out}")
 
@@ -59,7 +61,7 @@ def embed_main():
     "The command `dino_embed`"
     sys.exit(run_command(dino_embed))
 
-# %% ../nbs/54_cli_explore.ipynb #b60cdc80
+# %% ../nbs/54_cli_explore.ipynb #ebab7106
 _page = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
 <style>
@@ -111,7 +113,7 @@ document.getElementById('save').onclick = () => {
 
 class _Sources:
     "Thumbnails as data URLs; what cannot be opened any more is an empty picture"
-    def __init__(self, folder, size): self.images,self.made = Thumbnails(folder, size),{}
+    def __init__(self, folder, size, open_fn): self.images,self.made = Thumbnails(folder, size, open_fn),{}
     def __call__(self, name):
         if name not in self.made:
             try: self.images[name].save(b := io.BytesIO(), 'JPEG', quality=85)
@@ -131,7 +133,8 @@ def explore_page(
     n_map:int=1000, # Images on the map
     encoder:str='', # What to call the encoder on the page
     thumb:int=96, # Side of a picture, in pixels
-    seed:int=0 # Seed of clusters and map
+    seed:int=0, # Seed of clusters and map
+    open_fn:Callable|None=None # What `embed` opened the files with
 )->str: # HTML
     "All that is known of a folder without labels, as one page that needs no other file"
     if len(feats)<4: raise ValueError(f"{len(feats)} images make no page: pass a folder of 4 or more")
@@ -141,7 +144,7 @@ def explore_page(
     near  = nearest_images(feats, queries or [t.image.iloc[0] for _,t in typical], k)
     shown = set(apart(places[['x','y']].to_numpy(), .047))
     return Environment(autoescape=True).from_string(_page).render(
-        title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}), k=k, threshold=threshold, src=_Sources(folder, thumb),
+        title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}), k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn),
         map=[o|dict(shown=i in shown) for i,o in enumerate(_records(places))], clusters=[dict(cluster=c, size=len(t), typical=_records(t[:k])) for c,t in typical],
         outliers=_records(outliers(feats, k)[:3*k]), n_groups=dups.group.nunique(), duplicates=[_records(t[:k]) for _,t in itertools.islice(dups.groupby('group'), 30)],
         nearest=[(q,_records(t)) for q,t in near.groupby('query', sort=False)], assigned=[list(t.image) for _,t in typical])
@@ -159,6 +162,7 @@ def dino_explore(
     pretrained:bool=False, # Released weights of a timm model
     who:str='teacher', # teacher or student, of a checkpoint
     size:int=224, # Side of the square that the encoder sees, in pixels
+    open_fn:str=None, # Function that opens the files, module:function, as for dino_train; of other than one or three channels the mean is shown
     batch_size:int=64, # Images in a batch
     num_workers:int=0, # Processes that open images
     precision:str='fp32', # fp32, bf16 or fp16
@@ -176,11 +180,11 @@ def dino_explore(
     if features and not Path(folder).is_dir(): raise ValueError(f"{folder} is no folder: pass the folder that --features were made of")
     for q in query or []:
         if not features and not (Path(folder)/q).is_file(): raise ValueError(f"--query {q}: {folder} has no such file; pass paths in the folder")
-    df = load_embedding(features) if features else _embedded(folder, encoder, pretrained, who, size, batch_size, num_workers, precision, device, no_progress)
+    df = load_embedding(features) if features else _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_workers, precision, device, no_progress)
     if features and (lost := [n for n in df.index if not (Path(folder)/str(n)).is_file()]):
         if len(lost)==len(df): raise ValueError(f"none of the images of {features} is in {folder}: pass the folder that it was made of")
         print(f"{len(lost)} images of {features} are not in {folder}: their pictures are empty")
-    page = explore_page(df, folder, query, clusters, threshold, k, n_map, encoder or features, seed=seed)
+    page = explore_page(df, folder, query, clusters, threshold, k, n_map, encoder or features, seed=seed, open_fn=named_open_fn(open_fn))
     with atomic_path(out) as tmp: tmp.write_text(page, encoding='utf-8', errors='backslashreplace')
     print(f"{len(df)} images of {folder}: {out}, {len(page)/1e6:.1f} MB")
 

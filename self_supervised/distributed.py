@@ -70,7 +70,7 @@ def gather_objects(
     dist.all_gather_object(outs, o)
     return outs
 
-# %% ../nbs/09_distributed.ipynb #6431827f
+# %% ../nbs/09_distributed.ipynb #dc007131
 @delegates(extract_features, but=['file'])
 def shared_features(
     model:Learner|nn.Module, # What `extract_features` takes
@@ -83,7 +83,7 @@ def shared_features(
     n,w = len(dl.get_idxs()),n_processes()                       # in the order of the data set
     if n<w: return extract_features(model, dl, **kwargs)
     idxs = list(range(n))[dist.get_rank()::w]
-    dl.get_idxs = lambda: idxs
+    dl.get_idxs = partial(noop, idxs)
     try: (f,y),failed = extract_features(model, dl, **kwargs),None
     except Exception as e: failed = e
     if any(said := gather_objects(failed and f'{type(failed).__name__}: {first_line(failed)}')):            # else the others would wait for its rows for ever

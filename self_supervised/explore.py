@@ -19,13 +19,15 @@ from .encoders import *
 from .features import *
 from .checkpoints import *
 
-# %% ../nbs/43_explore.ipynb #211a983a
+# %% ../nbs/43_explore.ipynb #1bb5556a
 class _Squares:
     "Files as the middle squares that the encoder sees, or in a string what went wrong"
     def __init__(self, files, size, open_fn): store_attr()
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
-        try: return image2tensor(SquareCrop(self.size)(self.open_fn(self.files[i], self.size), split_idx=1))
+        try:
+            im = SquareCrop(self.size)(read_image(self.files[i], self.open_fn), split_idx=1)
+            return image2tensor(im) if isinstance(im, Image.Image) else im.as_subclass(Tensor)
         except MemoryError: raise
         except Exception as e: return f"{type(e).__name__}: {e}"
 
@@ -55,13 +57,16 @@ def embed(
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
     progress:bool=False, # Show a progress bar?
+    open_fn:Callable|None=None, # As in `unlabelled_dls`: with a function of yours every file is taken; default: `open_rgb`, or `open_gray` for a model of one channel
     **kwargs
 )->pd.DataFrame: # A row an image; the index `image` is its path, in the folder or as listed; columns f0, f1, ..., float32, as the encoder gives them, not normalised
     "Features of all images of a folder that can be read"
     if isinstance(model, (str,Path)): model = load_encoder(model, who=who).to(default_device())
-    files,inside = find_images(images),isinstance(images, (str,Path))
+    files,inside = find_images(images, takes_any_file(open_fn), ", or an open_fn for files of another kind"),isinstance(images, (str,Path))
     names = [(f.relative_to(images) if inside else f).as_posix() for f in files]
-    dl = torch_data.DataLoader(_Squares(files, size, opener(channels_of(encoder_of(model, who)))), bs, num_workers=num_workers, collate_fn=_stacked, worker_init_fn=_no_pil_warnings)
+    open_fn = opener(channels_of(encoder_of(model, who)), open_fn, "pass an open_fn")
+    if not takes_any_file(open_fn): open_fn = partial(open_fn, size=size)
+    dl = torch_data.DataLoader(_Squares(files, size, open_fn), bs, num_workers=num_workers, collate_fn=_stacked, worker_init_fn=_no_pil_warnings)
     good,bad = [],{}
     try: f,_ = extract_features(model, _readable(progress_bar(dl, leave=False) if progress else dl, names, good, bad), who=who, stats=stats, **kwargs)
     except ValueError as e:
@@ -115,14 +120,17 @@ def load_embedding(
         with np.load(file) as z: return pd.DataFrame(z['features'], index=pd.Index(z['image'], name='image'), columns=[f'f{i}' for i in range(z['features'].shape[1])])
     except Exception as e: raise ValueError(f"{file} holds no features ({first_line(e)}): pass a file that save_embedding or dino_embed wrote") from e
 
-# %% ../nbs/43_explore.ipynb #6a47c3b0
+# %% ../nbs/43_explore.ipynb #aff23034
 class Thumbnails:
     "The images of a folder by their names, as small squares"
     def __init__(self,
         folder:str|Path='.', # Folder that the names are relative to
-        size:int=96 # Side, in pixels
-    ): self.folder,self.size = Path(folder),size
-    def __getitem__(self, name): return SquareCrop(self.size)(open_rgb(self.folder/str(name), self.size), split_idx=1)
+        size:int=96, # Side, in pixels
+        open_fn:Callable|None=None # What `embed` opened them with; of other than one or three channels the mean is shown
+    ): self.folder,self.size,self.open_fn = Path(folder),size,ifnone(open_fn, partial(open_rgb, size=size))
+    def __getitem__(self, name):
+        im = SquareCrop(self.size)(read_image(self.folder/str(name), self.open_fn), split_idx=1)
+        return open_image(as_picture(im))
 
 def _named(feats):
     "Names of the images, and their features made of length 1"
@@ -135,7 +143,7 @@ def _named(feats):
 
 def _picture(images, name):
     im = images[name]
-    return im[0] if isinstance(im, tuple) else im
+    return as_picture(im[0] if isinstance(im, tuple) else im)
 
 def _rows(rows, axs, size=1.15):
     "Rows of (picture, title)"

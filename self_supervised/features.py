@@ -80,7 +80,7 @@ def encode(
     parts = [*feats] + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)
 
-# %% ../nbs/06_features.ipynb #83fd60de
+# %% ../nbs/06_features.ipynb #b6a83fa5
 def whole_dl(
     dl # A DataLoader
 ): # Of all images
@@ -94,11 +94,7 @@ def plain_dl(
     dl = whole_dl(dl)
     if not isinstance(dl, DataLoader): return dl                 # fastai's class
     dl = dl.new(shuffle=False, drop_last=False)
-    if isinstance(dl, TfmdDL):
-        def before_iter():
-            for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
-        dl.before_iter = before_iter
-    return dl
+    return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
 # %% ../nbs/06_features.ipynb #8d4f829a
 class _Rows:

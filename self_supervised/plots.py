@@ -51,7 +51,7 @@ def plot_history(
         if len(cols)>1: ax.legend()
     return axs
 
-# %% ../nbs/40_plots.ipynb #6bb6c7f4
+# %% ../nbs/40_plots.ipynb #909a22a4
 def show_neighbours(
     feats:Tensor, # Features of all images, (n, d)
     images, # The images: `images[i]` is an image (C,H,W) in [0,1], or a tuple that starts with one
@@ -69,7 +69,7 @@ def show_neighbours(
     for row,(i,ids) in enumerate(zip(q, sim.topk(k).indices.tolist())):
         for col,j in enumerate([i]+ids):
             im,ax = images[j],axs[row,col]
-            show_image(im[0] if isinstance(im, tuple) else im, ctx=ax, title=None if row else 'query' if col==0 else str(col))
+            show_image(as_picture(im[0] if isinstance(im, tuple) else im), ctx=ax, title=None if row else 'query' if col==0 else str(col))
             if labels is not None and labels[j]!=labels[i]: ax.add_patch(plt.Rectangle((0,0),1,1, transform=ax.transAxes, fill=False, ec='red', lw=3))
     return axs
 
@@ -104,7 +104,7 @@ def show_tsne(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/40_plots.ipynb #0fad5ee1
+# %% ../nbs/40_plots.ipynb #378f5d8d
 def _as_images(
     x, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
     n_in=3 # Channels that files and Pillow images are opened with
@@ -113,7 +113,7 @@ def _as_images(
         xs = [_as_images(o, n_in) for o in x]
         if len({o.shape[1:] for o in xs})>1: raise ValueError(f"images of {', '.join(sorted({f'{o.shape[-1]}x{o.shape[-2]}' for o in xs}))} pixels: pass images of one size, or one at a time")
         return torch.cat(xs)
-    if isinstance(x, (str,Path,Image.Image)): x = image2tensor(open_image(x, opener(n_in)).convert('RGB' if n_in==3 else 'L'))
+    if not isinstance(x, Tensor): x = image_tensor(x, n_in)
     x = to_unit(x).float()
     return x if x.ndim==4 else x[None]
 
@@ -143,7 +143,7 @@ def show_attention(
     enc,x,z = for_encoder(encoder, x, stats, who)
     a = attention_maps(enc, z, query).cpu()
     if axs is None: axs = plt.subplots(len(x), 1+a.shape[1], figsize=(1.3*(1+a.shape[1]),1.35*len(x)), squeeze=False)[1]
-    for row,(im,heads) in enumerate(zip(x, a)):
+    for row,(im,heads) in enumerate(zip(as_picture(x), a)):
         show_image(im, ctx=axs[row,0], title=None if row else 'image')
         if query is not None:
             ph,pw = patch_size(enc)
@@ -157,7 +157,7 @@ def show_attention(
                 ax.contour(F.pad(mask, (1,1,1,1)), [.5], colors='yellow', linewidths=1, extent=(-1.5,im.shape[2]+.5,-1.5,im.shape[1]+.5))
     return axs
 
-# %% ../nbs/40_plots.ipynb #2a930f00
+# %% ../nbs/40_plots.ipynb #494bb51c
 def head_colors(
     n:int # Heads
 )->np.ndarray: # (n,3), in [0,1]
@@ -189,13 +189,13 @@ def show_heads(
     enc,x,z = for_encoder(encoder, x, stats, who)
     a = attention_maps(enc, z).cpu()
     if axs is None: axs = plt.subplots(len(x), 2, figsize=(5,2.4*len(x)), squeeze=False)[1]
-    for (left,right),im,heads in zip(axs, x, a):
+    for (left,right),im,heads in zip(axs, as_picture(x), a):
         show_image(im, ctx=left)
         show_image(heads_overlay(heads, im, keep), ctx=right)
     axs[0,1].legend([plt.Rectangle((0,0),1,1, fc=c) for c in head_colors(a.shape[1])], [f'head {h+1}' for h in range(a.shape[1])], fontsize=7, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
-# %% ../nbs/40_plots.ipynb #c2b84544
+# %% ../nbs/40_plots.ipynb #683179c2
 def show_patch_pca(
     encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor|Image.Image, # What `show_attention` takes
@@ -212,7 +212,7 @@ def show_patch_pca(
     lo,hi = c.quantile(.01, 0),c.quantile(.99, 0)
     c  = ((c-lo)/(hi-lo).clamp(min=1e-8)).clamp(0,1).view(*t.shape[:3],3).permute(0,3,1,2)
     if axs is None: axs = plt.subplots(len(x), 2, figsize=(4,2*len(x)), squeeze=False)[1]
-    for (left,right),im,pc in zip(axs, x, c):
+    for (left,right),im,pc in zip(axs, as_picture(x), c):
         show_image(im, ctx=left)
         show_image(pc, ctx=right)
     return axs

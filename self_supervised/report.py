@@ -20,7 +20,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/45_report.ipynb #75d8b90e
+# %% ../nbs/45_report.ipynb #64e854fd
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG to write
@@ -57,7 +57,7 @@ def _few(dl, n):
     idxs = list(dl.get_idxs())
     if len(idxs)>n:
         idxs = sorted(random.Random(0).sample(idxs, n))
-        dl.get_idxs = lambda: idxs
+        dl.get_idxs = partial(noop, idxs)
     return dl
 
 def _n(dl): return len(dl.get_idxs() if isinstance(dl, DataLoader) else dl.dataset)

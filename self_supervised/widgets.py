@@ -15,7 +15,7 @@ from .features import *
 from .evaluation.segmentation import *
 from .plots import *
 
-# %% ../nbs/44_widgets.ipynb #00c7abe6
+# %% ../nbs/44_widgets.ipynb #9f3f3434
 def patch_similarity(
     tokens:Tensor, # Patch tokens of some images, (n,h,w,d)
     image:int, # Number of the image
@@ -63,6 +63,7 @@ def show_patch(
     heads = attention_maps(enc, z[image:image+1], patch, block)[0].cpu()
     if head is not None and not 0<=head<len(heads): raise ValueError(f"head={head}, but there are {len(heads)}: pass 0 to {len(heads)-1}, or None for their mean")
     a = heads.mean(0) if head is None else heads[head]
+    x = as_picture(x)
     sim,im = patch_similarity(tokens, image, patch),x[image]
     here,others = similar_patches(tokens, image, patch, k)
     grown  = lambda m: m.float().repeat_interleave(ph, -2).repeat_interleave(pw, -1)
@@ -93,7 +94,7 @@ def patch_tokens(
     enc,_,z = for_encoder(encoder, images, stats, who)
     with torch.no_grad(), eval_mode(enc), eager(enc): return torch.cat([vit_tokens(enc, o)[1].float().cpu() for o in z.split(bs)])
 
-# %% ../nbs/44_widgets.ipynb #c20976ac
+# %% ../nbs/44_widgets.ipynb #62f66b66
 _esm = """
 export default { render({ model, el }) {
   const box = document.createElement('div'), img = document.createElement('img'), mark = document.createElement('div')
@@ -152,7 +153,7 @@ def _why_no_widget():
 
 def _src(im):
     "An image (C,H,W) as a data URL"
-    a = (im.clamp(0,1)*255).round().byte().permute(1,2,0).numpy()
+    a = (as_picture(im).clamp(0,1)*255).round().byte().permute(1,2,0).numpy()
     Image.fromarray(a if a.shape[-1]==3 else a[...,0]).save(b := io.BytesIO(), 'PNG')
     return 'data:image/png;base64,'+base64.b64encode(b.getvalue()).decode()
 
@@ -171,7 +172,7 @@ def explore_attention(
     if isinstance(images, (str,Path)): images,size = find_images(images)[:n_max],ifnone(size, 224)
     if size and not isinstance(images, Tensor):
         open_fn = opener(channels_of(encoder_of(encoder, who)))
-        images  = [SquareCrop(size)(open_image(o, open_fn), split_idx=1) for o in images]
+        images  = [im for _,im in try_images(images, lambda o: SquareCrop(size)(open_image(o, open_fn), split_idx=1))]
     enc,x,_ = for_encoder(encoder, images, stats, who)
     tokens  = patch_tokens(encoder, x, stats, who)
     h,w     = tokens.shape[1:3]

@@ -98,7 +98,7 @@ def copy_scores(
         ranks += ((sim>=sim.gather(1, r[:,None])).sum(1)-1).tolist()
     return torch.tensor([average_precision([r], 1) if k is None or r<k else 0. for r in ranks], dtype=torch.float64)
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #1f4398b5
+# %% ../../nbs/15_evaluation.copydetection.ipynb #b3d7b985
 def crop_attack(
     im:Image.Image, # RGB
     rng:random.Random, # Draws the place
@@ -135,7 +135,7 @@ def paste_attack(
     backgrounds:list|None=None # Files or Pillow images that are not searched; default: clouds of random colour
 )->Image.Image: # Of the same size
     "Paste into another image"
-    if backgrounds: bg = open_image(rng.choice(backgrounds)).convert('RGB').resize(im.size)
+    if backgrounds: bg = open_image(rng.choice(backgrounds)).resize(im.size)
     else: bg = Image.frombytes('RGB', (6,6), rng.randbytes(6*6*3)).resize(im.size, Image.Resampling.BICUBIC)
     small = im.resize(tuple(max(1, round(s*side/100)) for s in im.size), Image.Resampling.BICUBIC)
     bg.paste(small, (rng.randint(0, bg.width-small.width), rng.randint(0, bg.height-small.height)))
@@ -178,7 +178,7 @@ ATTACKS = {**{f'crop {o}': partial(crop_attack, removed=o) for o in (10,30,50,80
            **{f'jpeg {o}': partial(jpeg_attack, quality=o) for o in (75,20,8,3)},
            'blur': blur_attack, 'paste': paste_attack, 'text': text_attack, 'rotate': rotate_attack, 'contrast': contrast_attack}
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #f6a8a4f6
+# %% ../../nbs/15_evaluation.copydetection.ipynb #d59e9d4a
 def _attack(im, attack, name, seed): return attack(im.convert('RGB'), random.Random(f'{seed}/{name}')).convert(im.mode)
 
 def copy_attacks(
@@ -187,7 +187,7 @@ def copy_attacks(
     attacks:dict|None=None # Name to function of a Pillow image and a `random.Random`; default: `ATTACKS`
 )->dict: # Name to Pillow image
     "One image under all attacks"
-    im = open_image(image)
+    im = open_image(image, open_gray if getattr(image, 'mode', None)=='L' else open_rgb)
     return {name: _attack(im, a, name, seed) for name,a in ifnone(attacks, ATTACKS).items()}
 
 class _Copies:
@@ -203,10 +203,10 @@ def make_copies(
     attacks:dict|None=None, # Name to function of a Pillow image and a `random.Random`; default: `ATTACKS`
     seed:int=0, # Of what the attacks draw
     out:str|Path|None=None, # A folder to write to, as attack/00000.png and so on; default: copies are made when they are looked at
-    open_fn:Callable=open_rgb # File to Pillow image
+    open_fn:Callable=open_rgb # File to image of 1 or 3 channels
 )->dict: # Name of the attack to a list of Pillow images, or of files; number i is a copy of image i
     "Copies of all images by all attacks"
-    images,attacks = image_files(images),ifnone(attacks, ATTACKS)
+    images,attacks = image_files(images, open_fn),ifnone(attacks, ATTACKS)
     if not attacks: raise ValueError("no attacks: pass a dict of names and functions, or leave it out for ATTACKS")
     copies = {name: _Copies(images, a, name, seed, open_fn) for name,a in attacks.items()}
     if out is None: return copies
@@ -216,12 +216,16 @@ def make_copies(
         for im,fn in zip(copies[name], fns): im.save(fn)
     return files
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #87aeaae1
+# %% ../../nbs/15_evaluation.copydetection.ipynb #ac7a0d64
 def _searcher(model, whiten_on, uncentred, **kwargs):
     "Images to features, whitened where there are images to learn that from"
     get = partial(copy_features, model, l2=False, **kwargs)
     w = noop if whiten_on is None else Whiten(get(whiten_on), uncentred)
     return lambda images: w(get(images))
+
+def _readable(images, open_fn):
+    "The files of a folder that can be read; a list, or a DataLoader, as it is"
+    return [o for o,_ in try_images(image_files(images, open_fn), partial(open_image, open_fn=open_fn))] if isinstance(images, (str,Path)) else images
 
 def _db_feats(get, originals, distractors): return torch.cat([get(originals)] + ([] if distractors is None else [get(distractors)]))
 
@@ -235,12 +239,12 @@ def copy_detection(
     uncentred:bool=False, # The reference's covariance, see `Whiten`
     k:int|None=20, # An original behind the first `k` counts as not found; None: the whole ranking
     seed:int=0, # Of what the attacks draw
-    open_fn:Callable|None=None, # File to Pillow image; default: `open_rgb`, or `open_gray` for a model of one channel
+    open_fn:Callable|None=None, # File to image of 1 or 3 channels; default: `open_rgb`, or `open_gray` for a model of one channel
     **kwargs
 )->pd.DataFrame: # mAP in percent: a row an attack, and their mean
     "Attack images, and measure how well a model finds the originals"
-    open_fn = ifnone(open_fn, opener(channels_of(encoder_of(model))))
-    images = image_files(images)
+    open_fn = opener(channels_of(encoder_of(model)), open_fn, "there are no attacks")
+    images,distractors,whiten_on = (o if o is None else _readable(o, open_fn) for o in (images,distractors,whiten_on))
     copies = make_copies(images, attacks, seed, open_fn=open_fn)
     get = _searcher(model, whiten_on, uncentred, open_fn=open_fn, **kwargs)
     db  = _db_feats(get, images, distractors)
@@ -248,7 +252,7 @@ def copy_detection(
     rows = {name: 100*copy_scores(get(o), db, range(len(images)), k).mean().item() for name,o in copies.items()}
     return pd.DataFrame({'mAP': rows | {'mean': np.mean(list(rows.values()))}}).rename_axis('attack')
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #b06223a2
+# %% ../../nbs/15_evaluation.copydetection.ipynb #8242194b
 def _block(originals, files):
     at = {o.name[:4]:i for i,o in enumerate(originals)}
     lost = [o for o in files if o.name[:4] not in at]
@@ -260,7 +264,7 @@ def read_copydays(
 )->tuple: # Files of the originals, and name of a block to its files and the index of each one's original; 'original' is a block too
     "Read copies in the layout of Copydays (Douze et al. 2009)"
     path = Path(path)
-    find = lambda d: get_image_files(d, recurse=False).sorted() if d.is_dir() else L()
+    find = lambda d: L(list_images(d, recurse=False)) if d.is_dir() else L()
     originals = find(path/'original')
     if not originals: raise ValueError(f"no images in {path/'original'}: pass the folder that holds original/ and strong/, jpegqual/3, crops/10 and the like")
     twice = [k for k,o in groupby(originals, lambda o: o.name[:4]).items() if len(o)>1]

@@ -146,7 +146,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.reset_index(drop=True), sweep.heads[res.index[0]]
 
-# %% ../../nbs/11_evaluation.linear.ipynb #6bc39a02
+# %% ../../nbs/11_evaluation.linear.ipynb #f67cec33
 def probe_view(
     size:int=224, # Side, in pixels
     n_in:int=3 # Channels
@@ -188,7 +188,7 @@ def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='f
     "Features of new crops of the images `idx`, in their order"
     dl = plain_dl(dl)
     if not isinstance(dl, DataLoader): raise ValueError(f"augment needs a fastai DataLoader, which takes images in any order, not a {type(dl).__name__}")
-    dl.bs,dl.get_idxs = bs,lambda: idx.tolist()
+    dl.bs,dl.get_idxs = bs,partial(noop, idx.tolist())
     undo,norm,enc = model_norm(nn.Flatten(), ([0.]*len(view.mean),[1.]*len(view.mean)), dl),model_norm(model, stats),encoder_of(model, who)
     dev = device_of(enc)
     with eval_mode(enc):

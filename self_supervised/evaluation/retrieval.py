@@ -72,7 +72,7 @@ def retrieval_scores(
     names = ['mAP']+[f'mP@{k}' for k in ks]
     return {level: dict(zip(names, np.mean(o, 0).tolist() if o else [math.nan]*len(names)), queries=len(o)) for level,o in rows.items()}
 
-# %% ../../nbs/14_evaluation.retrieval.ipynb #0c6a7513
+# %% ../../nbs/14_evaluation.retrieval.ipynb #c1b05c8c
 class _Images:
     "Files or Pillow images, as tensors of 8 bits"
     def __init__(self, images, prepare, open_fn): store_attr()
@@ -87,13 +87,11 @@ class _Feature(Module):
     def forward(self, x): return self.f(self.encoder, x)
 
 def image_files(
-    images:str|Path|list # A folder, searched through all its subfolders, or a list of files or Pillow images
+    images:str|Path|list, # A folder, searched through all its subfolders, or a list of files or Pillow images
+    open_fn:Callable|None=None # With a function of yours every file of the folder is taken
 )->list: # The files of the folder in order of their names, or the list as it is
     "Images to evaluate on; a `ValueError` where there are none"
-    if isinstance(images, (str,Path)):
-        if not Path(images).is_dir(): raise ValueError(f"{images} is no folder: pass a folder of images, or a list of files")
-        images = get_image_files(images).sorted()
-        if not images: raise ValueError("no images in the folder or below it: pass a folder that holds images such as .jpg or .png")
+    if isinstance(images, (str,Path)): images = find_images(images, takes_any_file(open_fn))
     if not len(images): raise ValueError("an empty list: pass files or Pillow images")
     return images
 
@@ -105,18 +103,18 @@ def image_features(
     feature:Callable, # Encoder and normalised batch (bs,C,H,W) to features (bs, d)
     bs:int=1, # Images in a batch; more than 1 where `prepare` gives all the same size
     num_workers:int=0, # Processes that open images
-    open_fn:Callable|None=None, # File to Pillow image; default: `open_rgb`, or `open_gray` for a model of one channel
+    open_fn:Callable|None=None, # File to image of 1 or 3 channels; default: `open_rgb`, or `open_gray` for a model of one channel
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
     **kwargs
 )->Tensor: # (n, d), on the CPU
     "Features of files or Pillow images, in their order"
-    open_fn = ifnone(open_fn, opener(channels_of(encoder_of(model, who))))
     ours = not isinstance(images, (DataLoader,torch.utils.data.DataLoader))
-    dl   = DataLoader(_Images(image_files(images), prepare, open_fn), bs=bs, num_workers=num_workers) if ours else images
+    if ours: open_fn = opener(channels_of(encoder_of(model, who)), open_fn, "pass features of your own, of extract_features")
+    dl   = DataLoader(_Images(image_files(images, open_fn), prepare, open_fn), bs=bs, num_workers=num_workers) if ours else images
     return extract_features(_Feature(encoder_of(model, who), feature), dl, stats=ifnone(stats, norm_stats(model)), **kwargs)[0]
 
-# %% ../../nbs/14_evaluation.retrieval.ipynb #38ead577
+# %% ../../nbs/14_evaluation.retrieval.ipynb #18db34a6
 def fit_within(
     im:Image.Image, # A Pillow image
     size:int, # Long side that is wanted, in pixels
@@ -144,7 +142,7 @@ def retrieval_features(
     **kwargs
 )->Tensor: # (n, d), each row of length 1
     "Features of images of any shape, one by one, as the paper's retrieval takes them"
-    images = image_files(images)
+    images = image_files(images, kwargs.get('open_fn'))
     if boxes is not None and len(boxes)!=len(images): raise ValueError(f"{len(images)} images but {len(boxes)} boxes: pass one box an image")
     return image_features(model, images, partial(_fit, size, boxes), partial(_at_scales, scales), **kwargs)
 

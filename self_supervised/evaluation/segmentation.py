@@ -58,14 +58,14 @@ def summarise_heads(
     heads = torch.stack([o.mean(0) for o in ious]).mean(0)
     return {'best head for each object': torch.stack([o.max(1).values.mean() for o in ious]).mean().item(), 'one head': heads.max().item(), 'head': int(heads.argmax())}
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #2b4d2dcd
+# %% ../../nbs/17_evaluation.segmentation.ipynb #eedd7066
 def mask_pairs(
     images:str|Path, # Folder of images
     masks:str|Path # Folder of masks with the same names, of any suffix
 )->L: # (image file, mask file)
     "Pairs of files with the same name"
-    by_name = {f.stem:f for f in get_image_files(images)}
-    files   = get_image_files(masks).sorted()
+    by_name = {f.stem:f for f in list_images(images)}
+    files   = L(list_images(masks))
     if not files: raise ValueError(f"{masks} holds no masks: pass the folder of label maps (PNG)")
     lost    = [f.name for f in files if f.stem not in by_name]
     if lost: raise ValueError(f"{len(lost)} of {len(files)} masks have no image of the same name in {images}, {lost[0]} first: pass folders that belong together")
@@ -94,7 +94,7 @@ def open_labels(
     labels = read_mask(im.convert('L') if im.mode=='1' else im).long()
     return (labels>0).long() if im.mode!='P' and set(labels.unique().tolist())<={0,255} else labels
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #7d29ccc7
+# %% ../../nbs/17_evaluation.segmentation.ipynb #d22e77fe
 def open_pair(
     image:str|Path, # Image file
     mask:str|Path, # Mask file
@@ -124,8 +124,8 @@ def attention_segmentation(
     enc,norm = encoder_of(model, who),model_norm(model, stats)
     dev,patch,rows = device_of(enc),patch_size(enc),dict(heads=[], mean=[], whole=[])
     if not len(pairs): raise ValueError("no pairs of image and mask: pass at least one")
-    for im,labels in progress_bar(pairs, leave=False) if progress else pairs:
-        if isinstance(im, (str,Path)): im,labels = open_pair(im, labels, size, channels_of(enc))
+    opened = lambda p: open_pair(*p, size, channels_of(enc)) if isinstance(p[0], (str,Path)) else p
+    for _,(im,labels) in try_images(progress_bar(pairs, leave=False) if progress else pairs, opened):
         im,labels = (whole_patches(o, patch) for o in (im,labels))
         a = attention_maps(enc, norm(im[None].to(dev)))[0].cpu()
         for nm,o in dict(heads=a, mean=a.mean(0, keepdim=True)).items(): rows[nm].append(head_jaccards(o, labels, keep))

@@ -104,12 +104,10 @@ def masks_from_maps(
 def _nearest(mask, size): # by Pillow, as in the reference: torch's rounds a few pixels another way
     return torch.from_numpy(np.array(Image.fromarray(mask.cpu().numpy().astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)))
 
-# %% ../../nbs/16_evaluation.video.ipynb #0328cab9
+# %% ../../nbs/16_evaluation.video.ipynb #956c5e76
 def _frame(o, n_in):
     "A frame as (C,H,W) in [0,1]"
-    if not isinstance(o, Tensor): o = image2tensor(open_image(o, opener(n_in)).convert('RGB' if n_in==3 else 'L'))
-    o = o.as_subclass(Tensor)
-    return o.float()/255 if o.dtype==torch.uint8 else o.float()
+    return to_unit(o if isinstance(o, Tensor) else image_tensor(o, n_in)).float()
 
 def _input_size(h, w, size, patch):
     "Height and width to show a frame in"
@@ -215,7 +213,7 @@ def video_scores(
         rows[o] = {'J&F':(j[0]+f[0])/2} | dict(zip(('J','J recall','J decay'), j)) | dict(zip(('F','F recall','F decay'), f))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('object')
 
-# %% ../../nbs/16_evaluation.video.ipynb #fccb0d31
+# %% ../../nbs/16_evaluation.video.ipynb #cfce5f8f
 def davis_sequences(
     path:str|Path, # Folder with ImageSets, JPEGImages and Annotations
     split:str='val', # 'train', 'val', 'test-dev', ...: a file of names in ImageSets/`year`
@@ -227,8 +225,9 @@ def davis_sequences(
     names = path/'ImageSets'/str(year)/f'{split}.txt'
     if not names.exists(): raise FileNotFoundError(f"no {names}: pass the folder that holds ImageSets, JPEGImages and Annotations (DAVIS-2017-trainval-480p.zip), and one of its splits")
     for name in names.read_text().split():
-        frames = sorted((path/'JPEGImages'/res/name).glob('*.jpg'))
-        if not frames: raise FileNotFoundError(f"no frames *.jpg in {path/'JPEGImages'/res/name}, which {names} names: unpack all of the data set, or take the name out")
+        d      = path/'JPEGImages'/res/name
+        frames = list(list_images(d, recurse=False)) if d.is_dir() else []
+        if not frames: raise FileNotFoundError(f"no images in {d}, which {names} names: unpack all of the data set, or take the name out")
         masks = [path/'Annotations'/res/name/f'{o.stem}.png' for o in (frames[:1] if split.startswith('test') else frames)]
         lost  = [o for o in masks if not o.exists()]
         if lost: raise FileNotFoundError(f"no {lost[0]} ({len(lost)} of {len(masks)} masks of {name} are missing): unpack Annotations/{res} of the same data set")
