@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'set_fused_attention', 'attention_kept', 'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of',
-           'channels_of', 'first_line', 'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager',
-           'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps',
-           'vit_tokens', 'block_features', 'pooled_by']
+           'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line',
+           'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size',
+           'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens']
 
 # %% ../nbs/02_encoders.ipynb #4ecd63ea
 from fastai.vision.all import *
@@ -102,7 +101,7 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     "A ViT of patch 4 and 64 features, 3 blocks and 4 heads for images of 16 pixels and more: 150 thousand parameters"
     return _with_cfg(timm.models.VisionTransformer(**merge(dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4), _own(kwargs))), kwargs)
 
-# %% ../nbs/02_encoders.ipynb #98f2b550
+# %% ../nbs/02_encoders.ipynb #12ad43b9
 _VT = timm.models.VisionTransformer
 
 def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
@@ -136,31 +135,21 @@ def _class_features(enc, x):
     x = timm.models.checkpoint_seq(enc.blocks[:-1], x) if enc.grad_checkpointing else enc.blocks[:-1](x)
     return enc.forward_head(enc.norm(_class_row(enc.blocks[-1], x)))
 
-def set_fused_attention(
-    model:nn.Module, # Any module with attention layers of timm
-    device:torch.device, # Device of the forward passes that follow
-    dtype:torch.dtype # Their precision, for example that of autocast
-):
-    "Compute attention as matrix products on a CPU in bfloat16, where PyTorch's fused kernel is slower; elsewhere as the layers were made"
-    for m in model.modules():
-        if not hasattr(m, 'fused_attn'): continue
-        made = m.__dict__.setdefault('made_fused', m.fused_attn)
-        m.fused_attn = made and not (device.type=='cpu' and dtype==torch.bfloat16)
-
 @contextmanager
-def attention_kept(model:nn.Module):
-    "Put the attention layers back as they were, at the end of a block that changes them"
-    was = {m: m.fused_attn for m in model.modules() if hasattr(m, 'fused_attn')}
+def _plain_attention(*attns):
+    was = [a.fused_attn for a in attns]
+    for a in attns: a.fused_attn = False
     try: yield
     finally:
-        for m,o in was.items(): m.fused_attn = o
+        for a,w in zip(attns, was): a.fused_attn = w
 
-# %% ../nbs/02_encoders.ipynb #08fc8875
-def _final_norm(encoder, tokens):
-    "Apply the norm that a model which pools its patches has after the pooling, and not before it"
-    norm = getattr(encoder, 'fc_norm', None)
-    return tokens if norm is None else norm(tokens)
+def _slow_when_fused(encoder, x):
+    "Attention layers that are faster written out: on a CPU in bfloat16"
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    if x.device.type!='cpu' or dtype!=torch.bfloat16 or torch.compiler.is_compiling(): return []
+    return [m for m in encoder.modules() if getattr(m, 'fused_attn', False)]
 
+# %% ../nbs/02_encoders.ipynb #371ad4ce
 @torch.compiler.disable                                          # a hook that comes and goes
 def features_and_tokens(
     encoder:nn.Module, # A timm vision transformer
@@ -172,12 +161,12 @@ def features_and_tokens(
     def hide(m, args, out): return torch.where(mask.reshape(*out.shape[:-1],1), mask_token.to(out.dtype), out)
     hook = None if mask is None else encoder.patch_embed.register_forward_hook(hide)
     try:
-        tokens = encoder.forward_features(x)
+        with _plain_attention(*_slow_when_fused(encoder, x)): tokens = encoder.forward_features(x)
     finally:
         if hook: hook.remove()
-    return encoder.forward_head(tokens),_final_norm(encoder, tokens[:,encoder.num_prefix_tokens:])
+    return encoder.forward_head(tokens),getattr(encoder, 'fc_norm', noop)(tokens[:,encoder.num_prefix_tokens:])
 
-# %% ../nbs/02_encoders.ipynb #d3330cec
+# %% ../nbs/02_encoders.ipynb #8224d3ab
 class MultiCropWrapper(Module):
     "An encoder that takes a list of views, one forward for each size (Caron et al. 2020, multi-crop)"
     def __init__(self,
@@ -201,7 +190,9 @@ class MultiCropWrapper(Module):
 
     def _encode(self, x):
         enc = self.encoder
-        out = _class_features(enc, x) if _one_row_is_read(enc) else enc(x)
+        if isinstance(enc, nn.Module):
+            with _plain_attention(*_slow_when_fused(enc, x)): out = (_class_features if _one_row_is_read(enc) else nn.Module.__call__)(enc, x)
+        else: out = enc(x)
         if isinstance(out, (tuple,list)): out = out[0]
         if out.ndim!=2:
             raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
@@ -296,7 +287,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #a9c42d6a
+# %% ../nbs/02_encoders.ipynb #5c79c65c
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -319,9 +310,7 @@ def last_attention(
     maps = []
     hook = attn.attn_drop.register_forward_pre_hook(lambda m,args: maps.append(args[0]))
     try:
-        with torch.no_grad(), eval_mode(encoder), attention_kept(attn), eager(encoder), says_what_fits(encoder, x):
-            attn.fused_attn = False                              # else the weights are never there to be seen
-            encoder(x)
+        with torch.no_grad(), eval_mode(encoder), _plain_attention(attn), eager(encoder), says_what_fits(encoder, x): encoder(x)
     finally: hook.remove()
     return maps[0]
 
@@ -373,45 +362,19 @@ def attention_maps(
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/02_encoders.ipynb #d7927e8c
+# %% ../nbs/02_encoders.ipynb #e0255348
 def vit_tokens(
     encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Last blocks
 )->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end (None where there are none), and patch tokens of the last block (bs, H/patch, W/patch, d)
-    "Tokens after the final norm"
+    "Tokens behind the last norm"
     encoder = encoder_of(encoder)
-    blocks,(h,w) = _last_blocks(encoder, x, n_blocks),(s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
-    patches = _final_norm(encoder, blocks[-1][1]).unflatten(1, (h,w))
-    return torch.stack([_final_norm(encoder, pre[:,0]) for pre,_ in blocks]) if has_class_token(encoder) else None, patches
-
-def block_features(
-    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
-    x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
-    n_blocks:int=1 # Number of last blocks
-)->tuple: # Features (n_blocks, bs, d), the last ones equal to `encoder(x)`, and patch tokens of the last block (bs, H/patch, W/patch, d)
-    "The feature that stands for an image, of each of the last blocks: their tokens pooled as the encoder pools them, see `pooled_by`"
-    encoder = encoder_of(encoder)
-    blocks,(h,w) = _last_blocks(encoder, x, n_blocks),(s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
-    feats = torch.stack([encoder.forward_head(torch.cat([pre,patches], 1)) for pre,patches in blocks])
-    return feats,_final_norm(encoder, blocks[-1][1]).unflatten(1, (h,w))
-
-_pooled = dict(token='class token', avg='mean of patches', max='maximum of patches', avgmax='mean and maximum of patches', map='attention pooling')
-
-def pooled_by(
-    encoder:Learner|nn.Module # Learner, model or encoder
-)->str: # For example 'class token' or 'mean of patches'; 'output' where the encoder is not a vision transformer of timm
-    "Which feature stands for an image: what the encoder makes of its tokens"
-    encoder = encoder_of(encoder)
-    if not has_tokens(encoder): return 'output'
-    if getattr(encoder, 'dist_token', None) is not None: return 'mean of class and distillation token'
-    return _pooled.get(encoder.global_pool, encoder.global_pool)
-
-def _last_blocks(encoder, x, n_blocks):
-    "Prefix tokens and patch tokens of each of the last blocks, after the encoder's `norm`"
     if not has_tokens(encoder):
         raise ValueError(f"{type(encoder).__name__} has no tokens of patches and image: pass a timm vision transformer, such as vit_*, deit_* or eva*")
     if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
-    has = encoder.num_prefix_tokens>0
+    has = has_class_token(encoder)
     with says_what_fits(encoder, x): outs = encoder.forward_intermediates(x, indices=n_blocks, norm=True, return_prefix_tokens=has, output_fmt='NLC', intermediates_only=True)
-    return [(pre,patches) for patches,pre in outs] if has else [(o[:,:0],o) for o in outs]
+    h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
+    if not has: return None, outs[-1].unflatten(1, (h,w))
+    return torch.stack([pre[:,0] for _,pre in outs]), outs[-1][0].unflatten(1, (h,w))
