@@ -54,31 +54,36 @@ def model_norm(
     "How images are normalised for a model"
     return _Renorm(tuple(map(torch.as_tensor, stats)) if stats else norm_stats(model), dl_normalize(dl), bool(stats))
 
-# %% ../nbs/06_features.ipynb #bcd78b13
+# %% ../nbs/06_features.ipynb #def3c42b
 def encode(
     encoder:nn.Module, # Images in, (bs, features) out
     x:Tensor, # Images (bs,C,H,W), normalised
-    n_blocks:int=1, # Class tokens of this many last blocks, for a timm vision transformer
+    n_blocks:int=1, # Features of this many last blocks, for a timm vision transformer: its class tokens, or what `image_feature` says
     avgpool:bool=False, # Add the mean of the last block's patch tokens?
     interleave:bool=False, # Class token and mean in turns, c0,a0,c1,a1..., as the reference's released linear classifiers have them; with n_blocks=1, avgpool=True
-    tokens:str='class' # 'class'; 'patch': those of the last block, (bs,h,w,d); 'all': the class token first, then the patches, (bs,1+h*w,d)
+    tokens:str='image' # 'image': one feature per image; 'patch': tokens of the last block, (bs,h,w,d); 'all': the class token first, then the patches, (bs,1+h*w,d)
 )->Tensor: # (bs, features)
     "Features of a batch"
-    if tokens not in ('class','patch','all'): raise ValueError(f"tokens={tokens!r}: pass 'class', 'patch' or 'all'")
+    if tokens not in ('image','patch','all'): raise ValueError(f"tokens={tokens!r}: pass 'image', 'patch' or 'all'")
     if interleave and not (avgpool and n_blocks==1): raise ValueError("interleave is for n_blocks=1, avgpool=True")
-    if tokens!='class' and (avgpool or n_blocks>1): raise ValueError(f"tokens={tokens!r} are those of the last block: pass n_blocks=1, avgpool=False")
+    if tokens!='image' and (avgpool or n_blocks>1): raise ValueError(f"tokens={tokens!r} are those of the last block: pass n_blocks=1, avgpool=False")
     p = next(encoder.parameters(), None)
     if p is not None and p.is_floating_point() and not torch.is_autocast_enabled(x.device.type): x = x.to(p.dtype)
-    if n_blocks==1 and not avgpool and tokens=='class':
+    if n_blocks==1 and not avgpool and tokens=='image':
         with says_what_fits(encoder, x): out = encoder(x)
         out = out[0] if isinstance(out, (tuple,list)) else out
         if out.ndim!=2: raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
         return out
-    cls,patches = vit_tokens(encoder, x, n_blocks)
-    if tokens=='patch': return patches
-    if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token (it averages its patches): pass n_blocks=1, avgpool=False, tokens='class' or 'patch'")
-    if tokens=='all':   return torch.cat([cls[-1][:,None], patches.flatten(1,2)], 1)
-    parts = list(cls) + ([patches.mean((1,2))] if avgpool else [])
+    if tokens!='image':
+        cls,patches = vit_tokens(encoder, x)
+        if tokens=='patch': return patches
+        if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token: pass tokens='image' or 'patch'")
+        return torch.cat([cls[-1][:,None], patches.flatten(1,2)], 1)
+    if avgpool and image_feature(encoder)=='mean of patches':
+        raise ValueError(f"the feature of this {type(encoder).__name__} is the mean of its patches already: pass avgpool=False, "
+                         "or make the encoder with global_pool='token' where it has a class token")
+    feats,patches = vit_features(encoder, x, n_blocks)
+    parts = list(feats) + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)
 
 # %% ../nbs/06_features.ipynb #83fd60de
@@ -101,7 +106,7 @@ def plain_dl(
         dl.before_iter = before_iter
     return dl
 
-# %% ../nbs/06_features.ipynb #faa2b6c8
+# %% ../nbs/06_features.ipynb #e3c238d2
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -158,7 +163,7 @@ def autocast_to(
 def extract_features(
     model:Learner|nn.Module, # A Learner, a model with teacher and student, a wrapper or an encoder
     dl:DataLoader, # Batches (x,) or (x,y): fastai's, PyTorch's, or any iterable
-    n_blocks:int=1, # Class tokens of this many last blocks, for a timm vision transformer
+    n_blocks:int=1, # Features of this many last blocks, for a timm vision transformer
     avgpool:bool=False, # Add the mean of the last block's patch tokens?
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`

@@ -144,7 +144,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.sort_values(by, ascending=False, kind='stable').reset_index(drop=True), sweep.heads[best]
 
-# %% ../../nbs/11_evaluation.linear.ipynb #b94a2613
+# %% ../../nbs/11_evaluation.linear.ipynb #388aa46b
 def probe_view(
     size:int=224, # Side, in pixels
     n_in:int=3 # Channels
@@ -156,7 +156,7 @@ def probe_view(
 def linear_probe(
     model:Learner|nn.Module, # What `extract_features` takes
     dls:DataLoaders, # Labelled: trained on the first loader, tested on the second
-    n_blocks:tuple|int=1, # Numbers of last blocks to try; (1,4) for a ViT
+    n_blocks:tuple|int=1, # Numbers of last blocks to try; (1,4) for a ViT: the features that `image_feature` names, of each
     avgpool:tuple|bool=False, # (False,True) to try both
     lrs:tuple|float=_lrs, # Learning rates for a batch of 256
     epochs:int=100, # Epochs
@@ -178,7 +178,10 @@ def linear_probe(
         if groups is not None: raise ValueError("augment and groups do not go together: split the DataLoaders by group, and pass those")
         if augment_dl is not None and len(augment_dl.dataset)!=len(ytr): raise ValueError(f"{len(augment_dl.dataset)} images in augment_dl, {len(ytr)} in the training loader: pass the same images")
         batches = partial(_augmented, model, ifnone(augment_dl, dls[0]), augment, bs, **(kwargs|dict(n_blocks=n, avgpool=avg)))
-    return sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr, device_of(encoder_of(model)), kwargs.get('progress', False))
+    enc = encoder_of(model, kwargs.get('who', 'teacher'))
+    table,best = sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr, device_of(enc), kwargs.get('progress', False))
+    table.insert(0, 'feature', image_feature(enc))
+    return table,best
 
 def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='fp32', n_blocks=1, avgpool=False, **kwargs):
     "Features of new crops of the images `idx`, in their order"
