@@ -1118,6 +1118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.AnyMixedPrecision.leave': ( 'vision.core.html#anymixedprecision.leave',
                                                                                                       'self_supervised/vision/core.py'),
+                                             'self_supervised.vision.core.AnyMixedPrecision.undo': ( 'vision.core.html#anymixedprecision.undo',
+                                                                                                     'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.Learner.pretrain': ( 'vision.core.html#learner.pretrain',
                                                                                                'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.MultiView': ( 'vision.core.html#multiview',
