@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16',
-           'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of', 'first_line',
-           'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention', 'patch_size',
-           'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens']
+           'set_attention', 'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of',
+           'first_line', 'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention',
+           'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens',
+           'vit_features', 'image_feature']
 
 # %% ../nbs/02_encoders.ipynb #4ecd63ea
 from fastai.vision.all import *
@@ -101,7 +102,7 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     "A ViT of patch 4 and 64 features, 3 blocks and 4 heads for images of 16 pixels and more: 150 thousand parameters"
     return _with_cfg(timm.models.VisionTransformer(**merge(dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4), _own(kwargs))), kwargs)
 
-# %% ../nbs/02_encoders.ipynb #12ad43b9
+# %% ../nbs/02_encoders.ipynb #8c2cbf8a
 _VT = timm.models.VisionTransformer
 
 def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
@@ -135,21 +136,21 @@ def _class_features(enc, x):
     x = timm.models.checkpoint_seq(enc.blocks[:-1], x) if enc.grad_checkpointing else enc.blocks[:-1](x)
     return enc.forward_head(enc.norm(_class_row(enc.blocks[-1], x)))
 
-@contextmanager
-def _plain_attention(*attns):
-    was = [a.fused_attn for a in attns]
-    for a in attns: a.fused_attn = False
-    try: yield
-    finally:
-        for a,w in zip(attns, was): a.fused_attn = w
+def set_attention(
+    model:nn.Module, # A model with timm's attention layers, or without
+    device:str|None=None, # Type of the device of the coming forwards; None: as timm made the layers
+    dtype:torch.dtype|None=None # Their precision
+):
+    "Attention written out where that is faster, on a CPU in bfloat16, and fused elsewhere; a layer that the user has changed stays"
+    compiled = any(getattr(m, '_compiled_call_impl', None) for m in model.modules())
+    plain = device=='cpu' and dtype==torch.bfloat16 and not compiled
+    for m in model.modules():
+        if plain and getattr(m, 'fused_attn', False): m.fused_attn,m.was_fused = False,True
+        elif not plain and m.__dict__.pop('was_fused', False): m.fused_attn = True
 
-def _slow_when_fused(encoder, x):
-    "Attention layers that are faster written out: on a CPU in bfloat16"
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-    if x.device.type!='cpu' or dtype!=torch.bfloat16 or torch.compiler.is_compiling(): return []
-    return [m for m in encoder.modules() if getattr(m, 'fused_attn', False)]
+# %% ../nbs/02_encoders.ipynb #9ef54bca
+def _last_norm(encoder): return getattr(encoder, 'fc_norm', noop)    # behind `norm`: an encoder that averages its patches may have its norm there
 
-# %% ../nbs/02_encoders.ipynb #371ad4ce
 @torch.compiler.disable                                          # a hook that comes and goes
 def features_and_tokens(
     encoder:nn.Module, # A timm vision transformer
@@ -160,13 +161,12 @@ def features_and_tokens(
     "Features of images and of their patches, with some patches hidden"
     def hide(m, args, out): return torch.where(mask.reshape(*out.shape[:-1],1), mask_token.to(out.dtype), out)
     hook = None if mask is None else encoder.patch_embed.register_forward_hook(hide)
-    try:
-        with _plain_attention(*_slow_when_fused(encoder, x)): tokens = encoder.forward_features(x)
+    try: tokens = encoder.forward_features(x)
     finally:
         if hook: hook.remove()
-    return encoder.forward_head(tokens),getattr(encoder, 'fc_norm', noop)(tokens[:,encoder.num_prefix_tokens:])
+    return encoder.forward_head(tokens),_last_norm(encoder)(tokens[:,encoder.num_prefix_tokens:])
 
-# %% ../nbs/02_encoders.ipynb #8224d3ab
+# %% ../nbs/02_encoders.ipynb #e64b35f6
 class MultiCropWrapper(Module):
     "An encoder that takes a list of views, one forward for each size (Caron et al. 2020, multi-crop)"
     def __init__(self,
@@ -190,9 +190,7 @@ class MultiCropWrapper(Module):
 
     def _encode(self, x):
         enc = self.encoder
-        if isinstance(enc, nn.Module):
-            with _plain_attention(*_slow_when_fused(enc, x)): out = (_class_features if _one_row_is_read(enc) else nn.Module.__call__)(enc, x)
-        else: out = enc(x)
+        out = _class_features(enc, x) if isinstance(enc, nn.Module) and _one_row_is_read(enc) else enc(x)
         if isinstance(out, (tuple,list)): out = out[0]
         if out.ndim!=2:
             raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
@@ -287,7 +285,13 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/02_encoders.ipynb #5c79c65c
+# %% ../nbs/02_encoders.ipynb #e013519a
+@contextmanager
+def _plain_attention(attn):
+    was,attn.fused_attn = attn.fused_attn,False
+    try: yield
+    finally: attn.fused_attn = was
+
 @contextmanager
 def eager(
     encoder:nn.Module # An encoder, compiled with `encoder.compile()` or not
@@ -334,7 +338,7 @@ def has_tokens(
 )->bool: # True for timm's vision transformers
     "Does `vit_tokens` take it?"
     f = getattr(encoder, 'forward_intermediates', None)
-    return f is not None and hasattr(encoder, 'blocks') and 'return_prefix_tokens' in inspect.signature(f).parameters
+    return f is not None and hasattr(encoder, 'blocks') and patch_size(encoder) is not None and 'return_prefix_tokens' in inspect.signature(f).parameters
 
 def whole_patches(
     x:Tensor, # Images (...,H,W)
@@ -362,7 +366,18 @@ def attention_maps(
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/02_encoders.ipynb #e0255348
+# %% ../nbs/02_encoders.ipynb #0868ddba
+def _block_tokens(encoder, x, n_blocks):
+    "Tokens of the last blocks behind the encoder's `norm`, prefix tokens first, each (bs, tokens, d); and the sides of the grid"
+    if not has_tokens(encoder):
+        raise ValueError(f"{type(encoder).__name__} has no tokens of patches and image: pass a timm vision transformer, such as vit_*, deit_* or eva*")
+    if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
+    prefix = bool(encoder.num_prefix_tokens)
+    with says_what_fits(encoder, x): outs = encoder.forward_intermediates(x, indices=n_blocks, norm=True, return_prefix_tokens=prefix, output_fmt='NLC', intermediates_only=True)
+    return [torch.cat(o[::-1], 1) if prefix else o for o in outs], [s//p for s,p in zip(x.shape[-2:], patch_size(encoder))]
+
+def _patch_grid(encoder, tokens, grid): return _last_norm(encoder)(tokens[:,encoder.num_prefix_tokens:]).unflatten(1, grid)
+
 def vit_tokens(
     encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
@@ -370,11 +385,30 @@ def vit_tokens(
 )->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end (None where there are none), and patch tokens of the last block (bs, H/patch, W/patch, d)
     "Tokens behind the last norm"
     encoder = encoder_of(encoder)
-    if not has_tokens(encoder):
-        raise ValueError(f"{type(encoder).__name__} has no tokens of patches and image: pass a timm vision transformer, such as vit_*, deit_* or eva*")
-    if not 1<=n_blocks<=len(encoder.blocks): raise ValueError(f"n_blocks={n_blocks}, but the encoder has {len(encoder.blocks)}: pass 1 to {len(encoder.blocks)}")
-    has = has_class_token(encoder)
-    with says_what_fits(encoder, x): outs = encoder.forward_intermediates(x, indices=n_blocks, norm=True, return_prefix_tokens=has, output_fmt='NLC', intermediates_only=True)
-    h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
-    if not has: return None, outs[-1].unflatten(1, (h,w))
-    return torch.stack([pre[:,0] for _,pre in outs]), outs[-1][0].unflatten(1, (h,w))
+    tokens,grid = _block_tokens(encoder, x, n_blocks)
+    cls = torch.stack([_last_norm(encoder)(t[:,0]) for t in tokens]) if has_class_token(encoder) else None
+    return cls,_patch_grid(encoder, tokens[-1], grid)
+
+def vit_features(
+    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
+    n_blocks:int=1 # Last blocks
+)->tuple: # Features of the images (n_blocks, bs, d), the last block's at the end, and patch tokens of the last block (bs, H/patch, W/patch, d)
+    "What `encoder(x)` would give if it ended after each of the last blocks, and patch tokens"
+    encoder = encoder_of(encoder)
+    tokens,grid = _block_tokens(encoder, x, n_blocks)
+    return torch.stack([encoder.forward_head(t) for t in tokens]),_patch_grid(encoder, tokens[-1], grid)
+
+_pools = dict(token='class token', avg='mean of patches', avgmax='mean and maximum of patches', max='maximum of patches', map='attention pooling')
+
+def image_feature(
+    encoder:Learner|nn.Module # What `encoder_of` takes
+)->str: # 'class token', 'mean of patches', ...; 'output' of an encoder that `vit_tokens` does not take
+    "Which feature stands for an image, in words"
+    encoder = encoder_of(encoder)
+    if not has_tokens(encoder): return 'output'
+    if getattr(encoder, 'dist_token', None) is not None: return 'class and distillation token'
+    pool = encoder.global_pool
+    if pool=='avg' and getattr(encoder, 'pool_include_prefix', False): return 'mean of all tokens'
+    if pool=='token' and not has_class_token(encoder): return 'first token'
+    return _pools.get(pool, f'{pool} pooling')

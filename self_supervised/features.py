@@ -51,33 +51,36 @@ def model_norm(
     "How images are normalised for a model"
     return _Renorm(tuple(map(torch.as_tensor, stats)) if stats else norm_stats(model), dl_normalize(dl), bool(stats))
 
-# %% ../nbs/06_features.ipynb #7f5884b8
+# %% ../nbs/06_features.ipynb #def3c42b
 def encode(
     encoder:nn.Module, # Images in, (bs, features) out
     x:Tensor, # Images (bs,C,H,W), normalised
-    n_blocks:int=1, # Number of last blocks of a timm vision transformer to take the feature of: see `block_features`
-    avgpool:bool=False, # Add the mean of the last block's patch tokens
+    n_blocks:int=1, # Features of this many last blocks, for a timm vision transformer: its class tokens, or what `image_feature` says
+    avgpool:bool=False, # Add the mean of the last block's patch tokens?
     interleave:bool=False, # Class token and mean in turns, c0,a0,c1,a1..., as the reference's released linear classifiers have them; with n_blocks=1, avgpool=True
-    tokens:str='class' # 'class'; 'patch': those of the last block, (bs,h,w,d); 'all': the class token first, then the patches, (bs,1+h*w,d)
+    tokens:str='image' # 'image': one feature per image; 'patch': tokens of the last block, (bs,h,w,d); 'all': the class token first, then the patches, (bs,1+h*w,d)
 )->Tensor: # (bs, features)
     "Features of a batch"
-    if tokens not in ('class','patch','all'): raise ValueError(f"tokens={tokens!r}: pass 'class', 'patch' or 'all'")
+    if tokens not in ('image','patch','all'): raise ValueError(f"tokens={tokens!r}: pass 'image', 'patch' or 'all'")
     if interleave and not (avgpool and n_blocks==1): raise ValueError("interleave is for n_blocks=1, avgpool=True")
-    if tokens!='class' and (avgpool or n_blocks>1): raise ValueError(f"tokens={tokens!r} are those of the last block: pass n_blocks=1, avgpool=False")
+    if tokens!='image' and (avgpool or n_blocks>1): raise ValueError(f"tokens={tokens!r} are those of the last block: pass n_blocks=1, avgpool=False")
     p = next(encoder.parameters(), None)
     if p is not None and p.is_floating_point() and not torch.is_autocast_enabled(x.device.type): x = x.to(p.dtype)
-    if n_blocks==1 and not avgpool and tokens=='class':
+    if n_blocks==1 and not avgpool and tokens=='image':
         with says_what_fits(encoder, x): out = encoder(x)
         out = out[0] if isinstance(out, (tuple,list)) else out
         if out.ndim!=2: raise ValueError(f"the encoder gave {tuple(out.shape)}, not (bs, features): add pooling, for instance nn.Sequential(encoder, PoolFlatten())")
         return out
-    if tokens!='class':
+    if tokens!='image':
         cls,patches = vit_tokens(encoder, x)
         if tokens=='patch': return patches
-        if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token (it pools its patches): pass tokens='class' or 'patch'")
+        if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token: pass tokens='image' or 'patch'")
         return torch.cat([cls[-1][:,None], patches.flatten(1,2)], 1)
-    feats,patches = block_features(encoder, x, n_blocks)
-    parts = [*feats] + ([patches.mean((1,2))] if avgpool else [])
+    if avgpool and image_feature(encoder)=='mean of patches':
+        raise ValueError(f"the feature of this {type(encoder).__name__} is the mean of its patches already: pass avgpool=False, "
+                         "or make the encoder with global_pool='token' where it has a class token")
+    feats,patches = vit_features(encoder, x, n_blocks)
+    parts = list(feats) + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)
 
 # %% ../nbs/06_features.ipynb #b6a83fa5
@@ -96,7 +99,7 @@ def plain_dl(
     dl = dl.new(shuffle=False, drop_last=False)
     return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
-# %% ../nbs/06_features.ipynb #8d4f829a
+# %% ../nbs/06_features.ipynb #5a8a10f2
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -153,8 +156,8 @@ def autocast_to(
 def extract_features(
     model:Learner|nn.Module, # A Learner, a model with teacher and student, a wrapper or an encoder
     dl:DataLoader, # Batches that `image_batch` takes, with labels or without: fastai's, PyTorch's, or any iterable
-    n_blocks:int=1, # Number of last blocks of a timm vision transformer to take the feature of: see `block_features`
-    avgpool:bool=False, # Add the mean of the last block's patch tokens
+    n_blocks:int=1, # Features of this many last blocks, for a timm vision transformer
+    avgpool:bool=False, # Add the mean of the last block's patch tokens?
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
     progress:bool=False, # Show a progress bar?
@@ -173,8 +176,7 @@ def extract_features(
     n   = len(dl.dataset) if isinstance(getattr(dl, 'dataset', None), Sized) else 0
     renorm,rows,targs = model_norm(model, stats, dl),_Rows(n, file, dtype),_Rows(n, None, None)           # many small tensors would keep the memory of the large ones between them
     try:
-        with torch.no_grad(), eval_mode(enc), eager(enc), attention_kept(enc):
-            set_fused_attention(enc, dev, dict(bf16=torch.bfloat16).get(precision, getattr(next(enc.parameters(), None), 'dtype', torch.float32)))
+        with torch.no_grad(), eval_mode(enc), eager(enc):
             for b in progress_bar(dl, leave=False) if progress else dl:
                 x,*y = image_batch(b)
                 with autocast_to(precision, dev): f = encode(enc, renorm(x.to(dev)), n_blocks, avgpool, **kwargs)

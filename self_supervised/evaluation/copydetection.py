@@ -16,7 +16,7 @@ from ..encoders import *
 from ..features import *
 from .retrieval import *
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #34600e35
+# %% ../../nbs/15_evaluation.copydetection.ipynb #3b109942
 def gem(
     patches:Tensor, # Patch tokens, (bs,h,w,d)
     p:float=4., # 1 is the mean; the larger, the nearer to the maximum
@@ -30,7 +30,7 @@ def _square(size, i, im): return im.resize((size,size), Image.Resampling.BICUBIC
 def _class_and_gem(p, l2, encoder, x):
     x = whole_patches(x, patch_size(encoder))
     if has_tokens(encoder):
-        feats,patches = block_features(encoder, x)
+        feats,patches = vit_features(encoder, x)
         f = torch.cat([feats[-1].float(), gem(patches.float(), p)], -1)
     else: f = encode(encoder, x).float()
     return F.normalize(f, dim=-1) if l2 else f
@@ -44,7 +44,7 @@ def copy_features(
     l2:bool=True, # Make each row of length 1? Not before whitening
     bs:int=16, # Images in a batch
     **kwargs
-)->Tensor: # Class token and GeM of the patch tokens, (n, 2*d); of an encoder without patch tokens, its own features, (n, d)
+)->Tensor: # The feature that `image_feature` names and GeM of the patch tokens, (n, 2*d); of an encoder that `vit_tokens` does not take, its own features, (n, d)
     "Features for finding copies (Caron et al. 2021, section 4.2)"
     return image_features(model, images, partial(_square, size), partial(_class_and_gem, p, l2), bs=bs, **kwargs)
 

@@ -146,7 +146,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.reset_index(drop=True), sweep.heads[res.index[0]]
 
-# %% ../../nbs/11_evaluation.linear.ipynb #f67cec33
+# %% ../../nbs/11_evaluation.linear.ipynb #44d1bd57
 def probe_view(
     size:int=224, # Side, in pixels
     n_in:int=3 # Channels
@@ -158,7 +158,7 @@ def probe_view(
 def linear_probe(
     model:Learner|nn.Module, # What `extract_features` takes
     dls:DataLoaders, # Labelled: trained on the first loader, tested on the second
-    n_blocks:tuple|int=1, # Numbers of last blocks to try; (1,4) for a ViT
+    n_blocks:tuple|int=1, # Numbers of last blocks to try; (1,4) for a ViT: the features that `image_feature` names, of each
     avgpool:tuple|bool=False, # (False,True) to try both
     lrs:tuple|float=_lrs, # Learning rates for a batch of 256
     epochs:int=100, # Epochs
@@ -180,8 +180,9 @@ def linear_probe(
         if groups is not None: raise ValueError("augment and groups do not go together: split the DataLoaders by group, and pass those")
         if augment_dl is not None and len(augment_dl.dataset)!=len(ytr): raise ValueError(f"{len(augment_dl.dataset)} images in augment_dl, {len(ytr)} in the training loader: pass the same images")
         batches = partial(_augmented, model, ifnone(augment_dl, dls[0]), augment, bs, **(kwargs|dict(n_blocks=n, avgpool=avg)))
-    table,best = sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr, device_of(encoder_of(model)), kwargs.get('progress', False))
-    table.insert(0, 'feature', pooled_by(encoder_of(model, kwargs.get('who', 'teacher'))))
+    enc = encoder_of(model, kwargs.get('who', 'teacher'))
+    table,best = sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr, device_of(enc), kwargs.get('progress', False))
+    table.insert(0, 'feature', image_feature(enc))
     return table,best
 
 def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='fp32', n_blocks=1, avgpool=False, **kwargs):

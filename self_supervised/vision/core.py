@@ -365,7 +365,7 @@ class TeacherStudent(MultiView):
         self.skipped = False
     def after_train(self): self._move('after_train')
 
-# %% ../../nbs/30_vision.core.ipynb #e6795601
+# %% ../../nbs/30_vision.core.ipynb #e65451ad
 class AnyMixedPrecision(MixedPrecision):
     "`MixedPrecision` on the device of the model"
     name,inside = 'mixed_precision',False
@@ -380,14 +380,13 @@ class AnyMixedPrecision(MixedPrecision):
         if dev=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported(): raise ValueError("this GPU has no bfloat16: pass precision='fp16'")
         self.kwargs['enabled'] = dtype==torch.float16
         self.autocast,self.learn.scaler,self.scales = torch.autocast(dev, dtype=dtype),torch.amp.GradScaler(dev, **self.kwargs),L()
-        set_fused_attention(self.model, torch.device(dev), dtype)        # for the whole fit: activation checkpointing computes the forward again
+        set_attention(self.model, dev, dtype)
     def before_batch(self):
         self.leave()                                             # a batch that was cancelled before its loss
         super().before_batch()
         self.inside = True
     def after_fit(self):
-        self.leave()
-        set_fused_attention(self.model, torch.device('cpu'), torch.float32)
+        self.undo()
         super().after_fit()
     def after_loss(self):
         super().after_loss()
@@ -395,6 +394,10 @@ class AnyMixedPrecision(MixedPrecision):
     def leave(self):
         "Leave autocast, if an interrupted batch did not"
         if self.inside: self.after_loss()
+    def undo(self):
+        "Leave the model as it was before the fit"
+        self.leave()
+        set_attention(self.model)
 
 def precision_cb(
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: bf16 on a GPU that has it, else fp32
@@ -473,7 +476,7 @@ def method_learner(
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
     return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
 
-# %% ../../nbs/30_vision.core.ipynb #fbb7c718
+# %% ../../nbs/30_vision.core.ipynb #ab035af1
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -525,4 +528,4 @@ def pretrain(self:Learner,
         self.logger = logger
         self.model = get_model(self.model)
         if self.loss_func==method.lf: self.loss_func = method.old_lf
-        if hasattr(getattr(self,'mixed_precision',None), 'leave'): self.mixed_precision.leave()
+        if hasattr(getattr(self,'mixed_precision',None), 'undo'): self.mixed_precision.undo()
