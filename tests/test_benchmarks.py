@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastcore.test import test_close, test_eq
 from self_supervised.vision.dino import create_dino_model
-from benchmarks import importing, memory, peers, plain, race, scaling, step
+from benchmarks import files, importing, memory, peers, plain, race, scaling, step
 from benchmarks.__main__ import found
 
 vit   = dict(arch='vit_mini_patch4_16')
@@ -23,7 +23,7 @@ def numbers(rows):
             if isinstance(v, dict): yield from ((k,o) for o in v.values())
             elif isinstance(v, (int,float)): yield k,v
 
-def test_all_are_found(): assert {*tiny,'memory','importing'}<=set(found()), list(found())
+def test_all_are_found(): assert {*tiny,'files','memory','importing'}<=set(found()), list(found())
 
 @pytest.mark.parametrize('name', tiny)
 def test_runs(name):
@@ -66,6 +66,17 @@ def test_memory(who):
 def test_memory_in_processes():
     rows = memory.rows(**vit, **views, bs=2, out_dim=16, hidden_dim=8)
     for k,v in numbers(rows): assert np.isfinite(v) and v>0, (k,v)
+
+def test_memory_of_many_files():
+    n = 300_000
+    main,worker = ((a-b)/n for a,b in zip(files.measure('ours', n, 16), files.measure('ours', 1000, 16)))
+    assert main<100 and worker<20, (main,worker)                 # bytes a file; a list of Paths has hundreds in both
+
+@pytest.mark.slow
+def test_memory_of_many_files_in_processes():
+    rows = {r['who']: r for r in files.rows(200_000)}
+    assert rows['ours']['bytes/file']<100 and rows['ours']['bytes/file and worker']<10, rows['ours']
+    assert rows['plain']['bytes/file']>200 and rows['fastai']['bytes/file and worker']>100
 
 def test_importing(monkeypatch):
     monkeypatch.setattr(importing, 'statements', {'ours':'import json', 'fastai':'sum(range(10**7))'})

@@ -22,7 +22,7 @@ from ..distributed import *
 from ..monitors import *
 from ..memory import *
 
-# %% ../../nbs/30_vision.core.ipynb #45923f07
+# %% ../../nbs/30_vision.core.ipynb #223cc92a
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -39,7 +39,7 @@ class StudentModel(Module):
         stats:tuple|None=None # Mean and deviation of the channels; the method sets them to those of its pipelines
     ):
         self.student = student
-        self.set_stats(*(stats or imagenet_stats))
+        self._first_stats(stats)
 
     def forward(self,
         x:Tensor|list, # Images, or a list of views
@@ -48,6 +48,10 @@ class StudentModel(Module):
         return self._given(*split_forward(self.student, x), feats)
 
     def _given(self, f, out, feats): return (f,out) if feats and f is not None else out    # mixed precision cannot make floats of a None
+
+    def _first_stats(self, stats):
+        self.set_stats(*(stats or imagenet_stats))
+        self.stats_told = False                                  # nobody has said so yet
 
     def set_stats(self, mean, std):
         "The statistics that images are normalised with, (C,) each"
@@ -58,6 +62,7 @@ class StudentModel(Module):
             for who in ('student','teacher'):                    # an encoder that is taken out knows what it was trained with
                 enc = encoder_of(self, who)
                 if k not in enc._buffers and k not in enc._parameters: setattr(enc, k, v.detach().clone())
+        self.stats_told = True
 
     def _load_from_state_dict(self, state, prefix, *args):
         if f'{prefix}mean' in state: self.set_stats(state[f'{prefix}mean'], state[f'{prefix}std'])         # of another number of channels, perhaps
@@ -75,7 +80,7 @@ class TeacherStudentModel(StudentModel):
         if teacher is None or any(id(p) in ids for p in teacher.parameters()): teacher = deepcopy(ifnone(teacher, student))    # never one and the same
         teacher.load_state_dict(student.state_dict())
         self.student,self.teacher,self.predictor = student,teacher.requires_grad_(False),predictor
-        self.set_stats(*(stats or imagenet_stats))
+        self._first_stats(stats)
         self.train()
 
     def forward(self, x, feats=False):
@@ -161,7 +166,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #b411c62f
+# %% ../../nbs/30_vision.core.ipynb #cb0c1221
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -225,7 +230,8 @@ class MultiView(Callback):
 
     def _set_stats(self):
         if stats := self.stats or self.known_stats: return self.nets.set_stats(*stats)
-        self.stats = m,s = tuple(o.tolist() for o in (self.nets.mean,self.nets.std))                             # said once
+        if self.nets.stats_told: return
+        self.nets.stats_told,m,s = True,*(o.tolist() for o in (self.nets.mean,self.nets.std))                    # once
         warnings.warn(f"the pipelines do not say what they normalise the views with: images that are evaluated will be normalised with what the model has, mean {np.round(m,3).tolist()} and "
                       f"standard deviation {np.round(s,3).tolist()}; if the views are normalised otherwise, pass {type(self).__name__}(..., stats=(means, deviations)), ([0]*{len(m)},[1]*{len(m)}) if not at all")
 
