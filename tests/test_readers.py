@@ -12,6 +12,7 @@ from self_supervised.evaluation.copydetection import copy_detection, read_copyda
 from self_supervised.evaluation.retrieval import image_files
 from self_supervised.evaluation.segmentation import attention_segmentation, mask_pairs
 from self_supervised.evaluation.video import segment_video
+from test_distributed import launch
 from test_images import bad_rows
 from helpers import *
 
@@ -225,7 +226,7 @@ def five(tmp_path_factory):
         for c in 'ab':
             (d/'data'/s/c).mkdir(parents=True)
             for i in range(6): np.save(d/'data'/s/c/f'{i}.npy', ((rng.rand(24,24,5)*.5+.4*(c=='b'))*65535).astype(np.uint16))
-    args = ['--path', d/'data', '--labels', d/'data', '--open-fn', 'numpy:load', '--n-in', '5', '--arch', 'convnet_mini', '--size', '24', '--batch-size-per-gpu', '8', '--epochs', '1', '--num-workers', '0', '--local-crops-number', '1', '--out', d/'run']
+    args = ['--path', d/'data', '--labels', d/'data', '--open-fn', 'numpy:load', '--n-in', '5', '--arch', 'convnet_mini', '--size', '24', '--batch-size-per-gpu', '8', '--epochs', '1', '--num-workers', '0', '--local-crops-number', '1', '--no-report', '--out', d/'run']
     assert run_command(dino_train, list(map(str, args)))==0
     return d
 
@@ -239,7 +240,7 @@ def test_images_of_n_channels_are_evaluated_with_the_open_fn_they_were_trained_w
     df = embed(enc, d, 24, open_fn=np.load)
     assert len(df)==24 and not df.attrs['bad_files'] and Thumbnails(d, 24, np.load)['test/a/0.npy'].size==(24,24)
     for p in ('knn','lowshot','linear','finetune','unlabelled'):
-        args = [p, '--encoder', str(five/'run'), '--data', str(d), '--size', '24', '--num-workers', '0', '--open-fn', 'numpy:load', '--out', str(tmp_path/'o.json'), *(['--epochs','1'] if p in ('linear','finetune') else []), '--no-progress']
+        args = [p, '--encoder', str(five/'run'), '--data', str(d), '--size', '24', '--num-workers', '0', '--open-fn', 'numpy:load', '--batch-size', '6', '--out', str(tmp_path/'o.json'), *(['--epochs','1'] if p in ('linear','finetune') else []), '--no-progress']
         assert run_command(dino_eval, args)==0, (p, capfd.readouterr().err)
         assert json.loads((tmp_path/'o.json').read_text())['settings']['open_fn']=='numpy:load'
     common = [str(d), '--encoder', str(five/'run'), '--size', '24', '--open-fn', 'numpy:load', '--no-progress']
@@ -354,3 +355,22 @@ if __name__=='__main__':
     exec(HEAD+READERS, space)
     res = subprocess.run([sys.executable, '-W', 'ignore', script], capture_output=True, text=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
     assert res.returncode==0 and [o[6:] for o in res.stdout.splitlines() if o.startswith('read: ')]==list(space['readers'](few_images, 1)), res.stdout+res.stderr[-3000:]
+
+def test_loaders_of_several_processes_can_be_pickled(few_images):
+    for dl in (unlabelled_dls(few_images, 16, 4, num_workers=1).train, labelled_dls(few_images, 16, 4, num_workers=1).train): ForkingPickler.dumps(JointDL(dl, rank=0, world_size=2).fake_l)
+
+SPAWNED = """
+import multiprocessing as mp
+mp.set_start_method('spawn', force=True)
+torch.set_default_dtype(torch.float32)
+set_seed(rank)
+dls   = unlabelled_dls(out/'d', 16, 4, num_workers=1, path=out, device='cpu', seed=0)
+learn = dino_learner(dls, 'convnet_mini', get_digits_aug_pipelines((2,1)), out_dim=32, path=out, cbs=KNNMonitor(labelled_dls(out/'d', 16, 4, num_workers=1, device='cpu'), 3))
+with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit_dino(1)
+(out/f'{rank}.txt').write_text(str(learn.recorder.values[-1]))
+"""
+
+@pytest.mark.slow
+def test_two_processes_with_a_spawned_worker_each(few_images, tmp_path):
+    launch(tmp_path, 2, SPAWNED)
+    assert 'nan' not in (tmp_path/'0.txt').read_text() and (tmp_path/'1.txt').exists()
