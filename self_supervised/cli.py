@@ -70,7 +70,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #94601b5a
+# %% ../nbs/50_cli.ipynb #9dfb38c4
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -115,7 +115,7 @@ def _check(args, out):
 _option = dict(tmom_start='momentum-teacher', tpt_start='warmup-teacher-temp', tpt_end='teacher-temp', tpt_warmup_pct='warmup-teacher-temp-epochs', use_bn='use-bn-in-head', bs='auto-bs')
 
 def _fits_method(kind, given):
-    takes = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.create).parameters} | ({'bs'} if kind is DINO else set())
+    takes = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.create).parameters} | {'bs'}
     wrong = [f"--{_option.get(k, k.replace('_','-'))}" for k in given if k not in takes]
     if wrong: raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; leave it out, or choose a --method that has")
 
@@ -246,7 +246,7 @@ def dino_train(
           + f"; the encoder is in {out/'encoder.safetensors'}" + ('' if no_report else f", and all of it in {out/'report.html'}"))
 
 dino_train.when_stopped = "; the same command with --resume goes on behind the last epoch that was done"
-dino_train.when_full = ("pass --grad-checkpointing or --precision bf16; for dino also --auto-bs, which finds the batch that fits, and --chunked-loss; or lower --batch-size-per-gpu "
+dino_train.when_full = ("pass --grad-checkpointing or --precision bf16; --auto-bs finds the batch that fits; for dino also --chunked-loss; or lower --batch-size-per-gpu "
                         "(--grad-accumulation makes up for it), --local-crops-number, --global-crops-size or --out-dim")
 
 def main():

@@ -10,10 +10,11 @@ __all__ = ['open_rgb', 'open_gray', 'open_stored', 'Unreadable', 'opener', 'read
            'channel_stats', 'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls',
            'stratified_split', 'ToUnit', 'MiddleCrop', 'class_files', 'labelled_dls', 'MissingExtra', 'need_extra']
 
-# %% ../nbs/00_data.ipynb #31e06f87
+# %% ../nbs/00_data.ipynb #4a8d55d7
 from fastai.vision.all import *
 from PIL import Image, ImageOps
 from fastprogress.fastprogress import progress_bar
+from contextlib import contextmanager
 from importlib.util import find_spec
 from collections.abc import Mapping, Sequence
 from array import array
@@ -658,7 +659,7 @@ def channel_stats(
     if (std<1e-6).any(): raise ValueError(f"channel {std.argmin()} is the same everywhere and cannot be normalised: leave it out in your open_fn")
     return s[0].tolist(),std.tolist()
 
-# %% ../nbs/00_data.ipynb #094a9dcc
+# %% ../nbs/00_data.ipynb #c85a54db
 def _memory_dls(cls, x, y, n, bs, holdout, device):
     if holdout not in ('test','valid',None): raise ValueError(f"holdout={holdout!r}: pass 'test', 'valid' or None")
     a,end = {'test': (n,len(x)), 'valid': (int(.8*n),n), None: (n,n)}[holdout]
@@ -677,7 +678,7 @@ def _digits(size):
 
 class DigitsDataset:
     "Digits in memory, as `(image, label)`"
-    vocab,n_inp,loss_func = [str(i) for i in range(10)],1,CrossEntropyLossFlat()
+    vocab,n_inp,loss_func = CategoryMap([str(i) for i in range(10)]),1,CrossEntropyLossFlat()
     def __init__(self,
         x:Tensor, # Images (n,3,size,size) in [0,1]
         y:Tensor # Labels (n,)
@@ -685,6 +686,8 @@ class DigitsDataset:
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return TensorImage(self.x[i]),TensorCategory(self.y[i])
     def decode(self, o, full=True): return o[0],Category(self.vocab[o[1]])
+    @contextmanager
+    def set_split_idx(self, i): yield self                       # `tta` asks for it; nothing here depends on the split
     def new_empty(self): return type(self)(self.x[:0], self.y[:0])
 
 def digits_dls(
@@ -709,7 +712,7 @@ def digits_path(
         Image.fromarray((a*255).round().byte().numpy()).save(fn)
     return path
 
-# %% ../nbs/00_data.ipynb #f3179208
+# %% ../nbs/00_data.ipynb #38860a92
 _shapes = dict(                                                  # of coordinates, radius and the larger coordinate, in units of the shape
     disc=lambda u,v,r,m: r<.9,                    ring=lambda u,v,r,m: (r<1)&(r>.6),          half=lambda u,v,r,m: (r<1)&(v>0),
     square=lambda u,v,r,m: m<.8,                  frame=lambda u,v,r,m: (m<.9)&(m>.5),        triangle=lambda u,v,r,m: (v<.7)&(v>2*abs(u)-1),
@@ -736,7 +739,7 @@ def _draw_shapes(size, n=4000):
 
 class ShapesDataset(DigitsDataset):
     "Drawn shapes in memory, as `(image, label)`"
-    vocab = list(_shapes)
+    vocab = CategoryMap(list(_shapes), sort=False)
 
 def shapes_dls(
     size:int=16, # Side of the images, in pixels
@@ -769,7 +772,7 @@ class _ByClass:
     def __init__(self, class_of, valid_pct, seed): self.class_of,self.valid_pct,self.seed = class_of,valid_pct,seed
     def __call__(self, items): return tuple(L(o.tolist()) for o in stratified_split([self.class_of(f) for f in items], self.valid_pct, self.seed))
 
-# %% ../nbs/00_data.ipynb #b7489a90
+# %% ../nbs/00_data.ipynb #ea981bc1
 _parts = dict(train=('train','training'), test=('test','testing'), valid=('val','valid','validation','dev','eval','evaluation'))
 
 def _part(name): return first(k for k,names in _parts.items() if name.lower() in names)
@@ -847,7 +850,7 @@ def labelled_dls(
     if not takes_any_file(open_fn): _warn_few_levels(items)
     xs,ys = [_Open(open_fn)],[_ClassOf(roots),Categorize(vocab=classes)]
     dsets = Datasets(tls=[TfmdLists(items, t, splits=splitter(items), do_setup=t is ys, types=[t[0].input_types]) for t in (xs,ys)])      # setup would open the first file, which may be a bad one
-    dls   = dsets.dataloaders(path=path, bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor], after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
+    dls   = dsets.dataloaders(path=Path('.'), bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor], after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
     for dl in dls: dl.dataset.replace = True
     return dls
 

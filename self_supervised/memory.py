@@ -6,8 +6,9 @@
 __all__ = ['saved_bytes', 'step_memory', 'out_of_memory', 'what_saves', 'find_bs_of', 'memory_error', 'largest_batch',
            'step_fits', 'with_smaller_batches']
 
-# %% ../nbs/22_memory.ipynb #466c5ada
+# %% ../nbs/22_memory.ipynb #9d4625bc
 from fastai.vision.all import *
+from fastai.callback.fp16 import MixedPrecision
 from .encoders import *
 from .objectives import *
 from .features import *
@@ -28,7 +29,7 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
     return sum(n for n,_ in seen.values())
 
-# %% ../nbs/22_memory.ipynb #faa15f8e
+# %% ../nbs/22_memory.ipynb #c449bc8c
 def step_memory(
     model:nn.Module, # A `DINOModel`
     sizes:list, # Side of each view, in pixels
@@ -46,7 +47,8 @@ def step_memory(
     for k,v in enc.named_buffers(): v.copy_(was[k])
     params = sum(p.nbytes for p in model.student.parameters())
     rows   = 3*(bs if chunked else n*bs) + 4*bs                              # logits, softmax, gradient; of the teacher logits and targets
-    return {k:v/1e9 for k,v in dict(activations=kept/2*bs, logits=rows*K*max(4,p.itemsize), networks=5*params, views=bs*sum(c*s*s*4 for s in sizes)).items()}
+    logits = rows*K + sum(o.logits_of(sizes, bs) for o in getattr(model, 'parts', ()))
+    return {k:v/1e9 for k,v in dict(activations=kept/2*bs, logits=logits*max(4,p.itemsize), networks=5*params, views=bs*sum(c*s*s*4 for s in sizes)).items()}
 
 # %% ../nbs/22_memory.ipynb #982fd6db
 def out_of_memory(
@@ -80,7 +82,7 @@ def what_saves(
     parts = ', '.join(f"{k} {v:.2g}" for k,v in now.items())
     return f"a step of {bs} images with {views} pixels and K={K} needs about {total(now):.2g} GB ({parts}). What would save some: {saves}. bs='auto' finds the largest batch that fits"
 
-# %% ../nbs/22_memory.ipynb #1240772c
+# %% ../nbs/22_memory.ipynb #16eff836
 def find_bs_of(
     dls:DataLoaders # fastai's or PyTorch's
 )->int: # Images in a training batch
@@ -92,20 +94,23 @@ def _precision(learn): return learn.mixed_precision.amp_mode.value if hasattr(le
 def _empty_cache(dev): getattr(getattr(torch, dev.type, None), 'empty_cache', noop)()
 
 def memory_error(
-    learn:Learner, # A learner with `learn.dino`, whose step ran out of memory
-    sizes:list, # Side of each view, in pixels
+    learn:Learner, # A learner with a method, whose step ran out of memory
+    sizes:list, # Size of each crop in pixels
     e:BaseException # What the step raised
 )->BaseException: # Of the same kind
     "An error that says where the memory went, and what would save some"
     m,bs,said = get_model(learn.model),find_bs_of(learn.dls),(str(e).strip() or type(e).__name__).splitlines()[-1].strip()
     learn.xb,learn.yb,learn.pred,learn.loss,learn.loss_grad = (),(),None,None,None
     m.zero_grad()
-    _empty_cache(m.C.device)
-    try: need = what_saves(m, sizes, bs, learn.dino.chunked_loss, _precision(learn))
-    except Exception: need = f"a step of {bs} images and {len(sizes)} views does not fit: pass smaller batches with GradientAccumulation, chunked_loss=True, a smaller out_dim, or grad_checkpointing=True"
+    _empty_cache(device_of(m))
+    method = first(learn.cbs, lambda c: hasattr(c, 'make_views'))
+    try: need = what_saves(m, sizes, bs, method.chunked_loss, _precision(learn))
+    except Exception:
+        chunked = ' chunked_loss=True,' if hasattr(method, 'chunked_loss') else ''
+        need = f"a step of {bs} images and {len(sizes)} views does not fit: pass bs='auto' to the learner, smaller batches with GradientAccumulation,{chunked} a smaller out_dim, or grad_checkpointing=True"
     return type(e)(f"out of memory: {need}. (The device said: {said})")
 
-# %% ../nbs/22_memory.ipynb #f019e582
+# %% ../nbs/22_memory.ipynb #d4972e08
 def largest_batch(
     fits:Callable, # Number of images to whether a step with as many fits
     bs:int # The batch asked for
@@ -115,27 +120,34 @@ def largest_batch(
     if bs==1 and not fits(1): raise RuntimeError("a step does not fit into memory even with one image: take a smaller backbone, smaller or fewer views, fewer prototypes (out_dim), or grad_checkpointing=True")
     return bs
 
+class _TrialStep(Callback):
+    "Cancels the step where the optimizer would move, with the memory of its moments taken"
+    order = MixedPrecision.order+1                               # before the method changes anything
+    def before_step(self):
+        self.moments = [torch.empty_like(p) for p in self.model.parameters() if p.requires_grad for _ in range(2)]
+        raise CancelStepException()
+
 def step_fits(
-    learn:Learner, # A learner with `learn.dino`
+    learn:Learner, # A learner with a method, such as `learn.dino`
     x:Tensor, # One image (1,C,H,W)
-    n:int # How many of it
-)->bool:
-    "Does a training step of `n` images fit into memory? Nothing of it stays"
-    dino,m,dev = learn.dino,get_model(learn.model),torch.device(getattr(learn.dls, 'device', None) or 'cpu')
+    n:int # Number of images in the batch
+)->bool: # False where memory runs out
+    "Train the learner's method on one batch of `n` copies of an image, up to the optimizer step; weights, buffers and random numbers stay as they were"
+    m,dev = get_model(learn.model),torch.device(getattr(learn.dls, 'device', None) or 'cpu')
+    cbs = [c for c in learn.cbs if hasattr(c, 'make_views') or isinstance(c, MixedPrecision)]
     was = {k:v.clone() for k,v in m.to(dev).named_buffers()}
+    dls = DataLoaders(DataLoader([(x[0].to(dev),)]*n, bs=n), DataLoader([], bs=1), device=dev)
     try:
-        with random_kept(), autocast_to(_precision(learn), dev):
-            views = dino.make_views(x.to(dev).expand(n, -1, -1, -1).contiguous())
-            with torch.no_grad(): target = teacher_probs(m.teacher([views[i] for i in dino.large_crop_ids]), m.C, dino.tpt_end)
-            loss = dino.pairs(m(views, False, not dino.chunked_loss), target)
-        loss.backward()
-        moments = [torch.empty_like(p) for p in m.student.parameters() for _ in range(2)]
+        with random_kept():
+            trial = Learner(dls, m, loss_func=noop, opt_func=learn.opt_func, splitter=learn.splitter, cbs=[*cbs,_TrialStep()])
+            with trial.no_bar(), trial.no_logging(): trial.fit(1)
         return True
     except Exception as e:
         if not out_of_memory(e): raise
         return False
     finally:
-        views = target = loss = moments = None
+        trial = None
+        for c in cbs: c.learn = learn
         m.zero_grad()
         for k,v in m.named_buffers(): v.copy_(was[k])
         _empty_cache(dev)

@@ -22,7 +22,7 @@ from ..distributed import *
 from ..monitors import *
 from ..memory import *
 
-# %% ../../nbs/30_vision.core.ipynb #223cc92a
+# %% ../../nbs/30_vision.core.ipynb #1c69ef38
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -110,6 +110,7 @@ class Part(Module):
         pass
     def forget(self):                                            # what batches have left for that step
         pass
+    def logits_of(self, sizes, bs): return 0                     # numbers that the term holds besides, for the estimate of memory: sizes of the crops in pixels, images in a batch
     def forward(self, method)->Tensor:                           # the term: of the callback, with what the networks gave in `method.seen`
         raise NotImplementedError
 
@@ -176,7 +177,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/30_vision.core.ipynb #92b16b2e
+# %% ../../nbs/30_vision.core.ipynb #3263282b
 class _Table(ProgressCallback):
     "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
     name = 'progress'
@@ -186,6 +187,29 @@ class _Table(ProgressCallback):
             fits = [s for d in range(6, -1, -1) if len(s := f'{v:.{d}f}')<=max(8, len(name))]
             return '' if math.isnan(v) else (fits or [f'{v:.1e}'])[0]
         super()._write_stats([cell(v, n) for v,n in zip(log, self.recorder.metric_names)] if len(log)==len(self.recorder.metric_names) else log)
+
+_plot_loss,_draw_graph = Recorder.plot_loss,ShowGraphCallback.after_epoch
+
+# Without validation images fastai 2.8.12 plots another column as the validation loss, or ends in an error
+@functools.wraps(_plot_loss)
+def _plot_train_loss(self, *args, with_valid=True, **kwargs): return _plot_loss(self, *args, with_valid=with_valid and 'valid_loss' in self.metric_names, **kwargs)
+
+@functools.wraps(_draw_graph)
+def _draw_train_graph(self):
+    if 'valid_loss' in self.recorder.metric_names: return _draw_graph(self)
+    losses = [float(o) for o in self.recorder.losses]
+    if self.nb_batches: self.progress.mbar.update_graph([(range_of(losses), losses),([],[])], (0, self.n_epoch*self.nb_batches[0]), (0, max(losses)))
+
+Recorder.plot_loss,ShowGraphCallback.after_epoch = _plot_train_loss,_draw_train_graph
+
+def _fit_in(cb, has_valid):
+    "Adapt fastai's own callbacks to a fit with crops, and with or without validation images"
+    if type(cb) is ProgressCallback: object.__setattr__(cb, '__class__', _Table)               # `no_bar` makes a new one each time
+    if isinstance(cb, MixHandler):
+        raise ValueError(f"{type(cb).__name__} mixes the labels of images, and pretraining has none: leave it out here, and pass it to finetune_learner")
+    if not has_valid and vars(cb).get('monitor')=='valid_loss':
+        cb.monitor = 'train_loss'
+        warnings.warn(f"{type(cb).__name__} watches train_loss: there are no validation images, and so no valid_loss; unlabelled_dls(..., valid_pct=.1) keeps some")
 
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
@@ -234,8 +258,7 @@ class MultiView(Callback):
         if self.learn.loss_func!=self.lf: self.old_lf,self.learn.loss_func = self.learn.loss_func,self.lf   # Ctrl-C may have left ours there
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
-        bar = getattr(self.learn, 'progress', None)
-        if type(bar) is ProgressCallback: object.__setattr__(bar, '__class__', _Table)         # `no_bar` makes a new one each time
+        for cb in self.learn.cbs: _fit_in(cb, len(self.dls.valid)>0)
         self._set_stats()
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
@@ -246,8 +269,12 @@ class MultiView(Callback):
         self.recorder.smooth_loss.val = torch.as_tensor(self.recorder.smooth_loss.val).double()               # fastai's is float32 and refuses a float64 loss
 
     def before_validate(self):
+        if self.aside: self.outer_lf,self.learn.loss_func = self.learn.loss_func,noop           # get_preds within a fit: predictions are features, and have no loss
         bar = getattr(self.learn, 'progress', None)              # in a fit it would warn of an empty loader; outside it has no bar yet, and needs one
         if not self.aside and len(self.learn.dl)==0 and hasattr(bar, 'pbar'): raise CancelValidException()
+
+    def after_validate(self):
+        if self.aside: self.learn.loss_func = self.outer_lf
 
     def after_fit(self):
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_lf
@@ -408,7 +435,7 @@ def precision_cb(
     if precision not in ('fp32','bf16','fp16'): raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16' or None")
     return None if precision=='fp32' else AnyMixedPrecision(precision)
 
-# %% ../../nbs/30_vision.core.ipynb #e77b4a4c
+# %% ../../nbs/30_vision.core.ipynb #755a777a
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -442,12 +469,14 @@ def method_learner(
     cbs:list|None=None, # More callbacks
     compile:bool=False, # Compile the encoders? The first batches take minutes, then it is faster; names of weights stay
     grad_checkpointing:bool=False, # Keep fewer activations of the student and compute them again? A third slower, and room for larger backbones
+    bs:str|None=None, # 'auto': halve the batches of `dls` until a step fits into memory, and accumulate gradients to the batch size asked for
     **kwargs # For the method, `Learner` and `method.create`, told apart by their names
 )->Learner: # With the method as `learn.byol` or whatever its name is, and monitors
     "A learner that pretrains `arch` on the images of `dls`; what is not given follows `method.defaults`"
     name  = method.__name__
     known = lambda f: inspect.signature(f).parameters
     of    = lambda f: {k:kwargs.pop(k) for k in list(kwargs) if k in known(f)}
+    if bs not in (None,'auto'): raise ValueError(f"bs={bs!r}: pass 'auto', or None and the batch size to the DataLoaders")
     if 'lr' in kwargs or 'wd' in kwargs: raise TypeError("lr and wd belong to learn.fit_dino or learn.pretrain: pass them there")
     dls   = image_dls(dls)
     n     = n_images(dls.train)
@@ -474,9 +503,10 @@ def method_learner(
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     knn = KNNMonitor(dls, k=min(20,n)) if classes and len(dls.valid)>0 and n<=20_000 else None
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
-    return Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
+    learn = Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
+    return learn if bs is None else with_smaller_batches(learn, largest_batch(partial(step_fits, learn, x[:1]), find_bs_of(dls)))
 
-# %% ../../nbs/30_vision.core.ipynb #ab035af1
+# %% ../../nbs/30_vision.core.ipynb #c3fc86ef
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -495,10 +525,15 @@ def fit_settings(
     d = _paper if method.auto is None else AttrDict(merge(method.defaults(n*bs*n_proc, bs*n_proc, n_epoch, total_params(enc)[0], n_acc), method.encoder_defaults(enc)))
     return method,d,(n,bs,n_proc,n_acc)
 
+def _lrs_of(lr, n, repeat):
+    "A learning rate for each parameter group, as fastai reads a `slice`: from the first of `n` layer groups to the last, a tenth in all but the last where it has no start"
+    lrs = [lr.stop/10]*(n-1)+[lr.stop] if lr.start is None else [lr.stop] if n==1 else even_mults(lr.start, lr.stop, n)
+    return np.repeat(np.array(lrs, dtype=float), repeat)
+
 @patch
 def pretrain(self:Learner,
     n_epoch:int, # Epochs
-    lr:float|np.ndarray|None=None, # Peak learning rate for a batch of 256, or one for each parameter group; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
+    lr:float|slice|np.ndarray|None=None, # Peak learning rate for a batch of 256, one for each parameter group, or a slice from the first layers to the last; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
     lr_min:float|np.ndarray|None=None, # End of its cosine; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; clamped where the run is shorter
     wd:float|tuple|None=None, # Weight decay at the start and the end
@@ -513,10 +548,13 @@ def pretrain(self:Learner,
         setattr(method, k, d[k])
         method.auto[k] = d[k]
     lr,lr_min,wd = ifnone(lr,d.lr),ifnone(lr_min,d.lr_min),ifnone(wd,d.wd)
-    if scale_lr: lr = scaled_lr(lr, bs, n_proc, n_acc)
     if self.opt_func is Adam and self.splitter is trainable_params: self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
+    paired   = self.splitter is dino_splitter or getattr(self.splitter, 'paired', False)
+    n_groups = 1 if self.splitter is trainable_params else len(self.splitter(get_model(self.model)))
+    if isinstance(lr, slice): lr = _lrs_of(lr, n_groups//(1+paired), 1+paired)
+    if scale_lr: lr = scaled_lr(lr, bs, n_proc, n_acc)
     wd = wd if isinstance(wd, (tuple,list)) else (wd,wd)
-    if self.splitter is dino_splitter or getattr(self.splitter, 'paired', False): wd = [np.tile([0.,o], len(self.splitter(get_model(self.model)))//2) for o in wd]       # [no decay, decay]
+    if paired: wd = [np.tile([0.,o], n_groups//2) for o in wd]                       # [no decay, decay]
     def plan(n_epoch):
         warmup = fit_settings(self, n_epoch, cbs)[1].warmup_epochs if warmup_epochs is None else warmup_epochs
         if n_epoch>0: warmup = clamp_warmup(warmup, n_epoch)
@@ -524,6 +562,11 @@ def pretrain(self:Learner,
     sched = ParamScheduler(plan(n_epoch))
     sched.plan,logger = plan,self.logger                         # for `RunCheckpoint`, where a resumed run keeps to the schedules of a shorter one
     try: self.fit(n_epoch, lr, cbs=L(sched)+L(cbs), start_epoch=start_epoch)
+    except Exception as e:
+        xb    = getattr(self, 'xb', None)
+        sizes = [v.shape[-1] for v in xb[0]] if xb and isinstance(xb[0], list) else []
+        if not sizes or not out_of_memory(e) or re.search(rf'occured in `(?!{type(method).__name__}`)', str(e)): raise               # not of the step, but of a monitor
+        raise memory_error(self, sizes, e) from None
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
         self.logger = logger
         self.model = get_model(self.model)

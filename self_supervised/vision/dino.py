@@ -221,7 +221,7 @@ class DINO(TeacherStudent):
         super().after_step()
         self._forget()
 
-# %% ../../nbs/31_vision.dino.ipynb #0033e5ce
+# %% ../../nbs/31_vision.dino.ipynb #bb1feb15
 @delegates(method_learner)
 def dino_learner(
     dls:DataLoaders, # Images, labelled or not, not normalised; see `unlabelled_dls`
@@ -230,17 +230,13 @@ def dino_learner(
     out_dim:int|None=None, # K, the number of prototypes; default: by the number of images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
-    bs:str|None=None, # 'auto': batches of `dls` are halved until a step fits into memory, and accumulated to what was asked for
     **kwargs # For `DINO`, `Learner` and `create_dino_model`, told apart by their names
 )->Learner: # With `learn.dino` and monitors
     "A learner that pretrains `arch` on the images of `dls`; what is not given follows `dino_defaults`"
     if out_dim is not None: kwargs['out_dim'] = out_dim
-    learn = method_learner(DINO, dls, arch, aug_pipelines, precision, cbs, **kwargs)
-    if bs is None: return learn
-    if bs!='auto': raise ValueError(f"bs={bs!r}: pass 'auto', or None and the batch size to the DataLoaders")
-    return with_smaller_batches(learn, largest_batch(partial(step_fits, learn, peek(dls, 1)[0]), find_bs_of(dls)))
+    return method_learner(DINO, dls, arch, aug_pipelines, precision, cbs, **kwargs)
 
-# %% ../../nbs/31_vision.dino.ipynb #e672f47b
+# %% ../../nbs/31_vision.dino.ipynb #43f6c010
 @patch
 def fit_dino(self:Learner,
     n_epoch:int, # Epochs
@@ -252,11 +248,6 @@ def fit_dino(self:Learner,
     start_epoch:int=0, # Skip the epochs before it
     cbs:list|None=None # More callbacks for this fit
 ):
-    "`pretrain` with DINO; where memory runs out, the error says what would save some"
+    "`pretrain` with DINO"
     if not any('chunked_loss' in vars(o) for o in self.cbs+L(cbs)): raise ValueError("fit_dino needs a DINO callback: make the learner with dino_learner, or pass cbs=DINO(aug_pipelines)")
-    try: self.pretrain(n_epoch, lr, lr_min, warmup_epochs, wd, scale_lr, start_epoch, cbs)
-    except Exception as e:
-        if not out_of_memory(e) or re.search(r'occured in `(?!DINO`)', str(e)): raise            # a monitor's is another matter
-        sizes = [v.shape[-1] for v in self.xb[0]] if self.xb and isinstance(self.xb[0], list) else []
-        if not sizes: raise                                      # it was not the step
-        raise memory_error(self, sizes, e) from None
+    self.pretrain(n_epoch, lr, lr_min, warmup_epochs, wd, scale_lr, start_epoch, cbs)

@@ -59,7 +59,7 @@ def block_masks(
         mask |= block & ((bh<=h) & (bw<=w) & (new<=left))[:,None,None]
     return mask
 
-# %% ../../nbs/38_vision.parts.ipynb #cc8cc0f8
+# %% ../../nbs/38_vision.parts.ipynb #4839770f
 class IBOT(Part):
     "The student tells hidden patches, as the teacher sees them (iBOT; Zhou et al. 2022)"
     carried = ('out_sum','out_n')
@@ -105,6 +105,10 @@ class IBOT(Part):
         with torch.no_grad(): logits = teacher(seen.teacher_tokens[seen.masks])
         if self.training: self.out_sum,self.out_n = self.out_sum + (logits if logits.itemsize>=4 else logits.float()).sum(0, keepdim=True),self.out_n + len(logits)
         return ibot_loss(student(seen.tokens[seen.masks]), method.target_of(logits, self.C), seen.masks, method.tps)
+
+    def logits_of(self, sizes, bs):                              # as many as the images' own logits: logits, softmax, gradient; of the teacher logits and targets
+        (ph,pw),n = self.patch_size,sizes.count(max(sizes))
+        return round(7*self.C.shape[1]*n*bs*(max(sizes)//ph)*(max(sizes)//pw)*self.mask_p*sum(self.mask_ratio)/2)
 
     def forget(self): self.out_sum,self.out_n = 0.,0
     def after_step(self, method):
