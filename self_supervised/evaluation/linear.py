@@ -15,7 +15,7 @@ from ..features import *
 from ..checkpoints import *
 from .knn import *
 
-# %% ../../nbs/11_evaluation.linear.ipynb #95737650
+# %% ../../nbs/11_evaluation.linear.ipynb #38a6aa90
 def logistic_classifier(
     train_feats:Tensor, # Features, (n_train, d)
     train_y:Tensor, # Classes, (n_train,)
@@ -27,8 +27,8 @@ def logistic_classifier(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     if len(train_y.unique())<2: raise ValueError("all labels are the same: a classifier needs at least two classes")
-    scaler = StandardScaler().fit(ifnone(standardize_by, train_feats).numpy())
-    clf    = LogisticRegression(C=C, max_iter=2000).fit(scaler.transform(train_feats.numpy()), train_y.numpy())
+    scaler = StandardScaler().fit(ifnone(standardize_by, train_feats).cpu().numpy())
+    clf    = LogisticRegression(C=C, max_iter=2000).fit(scaler.transform(train_feats.cpu().numpy()), train_y.cpu().numpy())
     return make_pipeline(scaler, clf)
 
 @delegates(split_features)
@@ -42,7 +42,7 @@ def linear_accuracy(
     ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
     return logistic_classifier(ftr, ytr, C).score(fte.numpy(), yte.numpy())
 
-# %% ../../nbs/11_evaluation.linear.ipynb #fcd760f9
+# %% ../../nbs/11_evaluation.linear.ipynb #7246ab04
 def feature_parts(
     d:int, # Features of a token
     n_blocks:tuple=(1,4), # Numbers of last blocks to try
@@ -94,10 +94,11 @@ class LinearSweep(Module):
         top:int=1 # The true class must be among so many best
     )->list: # Between 0 and 1, in the order of `keys`
         "Accuracy of each classifier"
-        hits = [[accuracy_of(o, yb, top)*len(yb) for o in self(xb.float())] for xb,yb in zip(feats.split(4096), y.split(4096))]
+        dev  = device_of(self)
+        hits = [[accuracy_of(o, yb, top)*len(yb) for o in self(xb.float().to(dev))] for xb,yb in zip(feats.split(4096), y.split(4096))]
         return (np.array(hits).sum(0)/len(y)).tolist()
 
-# %% ../../nbs/11_evaluation.linear.ipynb #eb4a89fc
+# %% ../../nbs/11_evaluation.linear.ipynb #180c72a6
 _lrs = (1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.)
 
 def sweep_features(
@@ -122,6 +123,7 @@ def sweep_features(
     if epochs<1: raise ValueError(f"epochs={epochs}: pass 1 or more")
     if not len(lrs) or min(lrs)<=0: raise ValueError(f"lrs={lrs}: pass learning rates above 0")
     if not 0<=valid_pct<1: raise ValueError(f"valid_pct={valid_pct}: pass a part of the training images, from 0 to below 1")
+    device  = ifnone(device, torch.device('cpu'))
     g,parts = torch.Generator().manual_seed(seed),parts or {'all': slice(0, train_feats.shape[1])}
     order   = torch.randperm(len(train_y), generator=g)
     n_valid = max(1, round(valid_pct*len(order))) if valid_pct else 0
