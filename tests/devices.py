@@ -32,8 +32,8 @@ def _call(func, args, kwargs):
             if name=='cpu' or moves and not _is_gpu(moves[0]): goes = False
             elif name=='cuda' or moves: goes = True
             else: goes = isinstance(args[1], OnGPU) if len(args)>1 and isinstance(args[1], torch.Tensor) else isinstance(args[0], OnGPU)
-            a,k = [plain(o) for o in args if not (o is None or isinstance(o, (str,torch.device)))],{n:plain(o) for n,o in kwargs.items() if n!='device'}
-            out = func(*a, **k) if name=='to' and (len(a)>1 or k) else a[0]
+            cpu = lambda o: torch.device('cpu') if _is_gpu(o) else plain(o) if isinstance(o, torch.Tensor) else o
+            out = cpu(args[0]) if name=='cuda' else func(*map(cpu, args), **{k:cpu(v) for k,v in kwargs.items()})
             return _there(out) if goes else out
         if moves: far = _is_gpu(moves[0])                        # a new tensor
         elif far and name not in ('__getitem__','__setitem__','copy_'):
