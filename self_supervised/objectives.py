@@ -380,28 +380,28 @@ def ibot_loss(
         ce  = z.logsumexp(-1)*t.sum(-1) - (t*z).sum(-1)
         return (ce/mask.sum(1).repeat_interleave(mask.sum(1))).sum()/len(mask)
 
-# %% ../nbs/04_objectives.ipynb #bafc6e76
+# %% ../nbs/04_objectives.ipynb #2b4ab29a
 def rankme(
     features:Tensor, # (n, d), n larger than d
     eps:float=1e-7 # Keeps the logarithm finite
 )->Tensor: # Scalar between 1 and min(n, d)
     "Effective rank of features (Garrido et al. 2023, eq. 1)"
-    if not features.isfinite().all(): return torch.tensor(math.nan)
+    if not features.isfinite().all(): return torch.tensor(math.nan, device=features.device)
     sv = torch.linalg.svdvals(_wide(features))
     p  = sv/sv.sum() + eps
     return torch.exp(-(p*p.log()).sum())
 
-# %% ../nbs/04_objectives.ipynb #9af0a13b
+# %% ../nbs/04_objectives.ipynb #cbb9a7fa
 def alpha_req(
     features:Tensor, # (n, d)
     first:int=1, # Eigenvalues from this one, counted from 1 ...
     last:int|None=None # ... to this one; default: those above 1e-6 of the largest, which the arithmetic can tell from 0
 )->Tensor: # Scalar, α; nan where fewer than two eigenvalues are left
     "Exponent of the power law of the covariance's eigenvalues (Agrawal et al. 2022)"
-    if not features.isfinite().all(): return torch.tensor(math.nan)
+    if not features.isfinite().all(): return torch.tensor(math.nan, device=features.device)
     f  = features.double()
     ev = torch.linalg.svdvals(f-f.mean(0)).pow(2)/len(f)
     ev = ev[:min(int((ev>1e-6*ev[0]).sum()), ifnone(last, len(ev)))][first-1:]
-    if len(ev)<2: return torch.tensor(math.nan)
-    x,y = (o-o.mean() for o in (torch.arange(first, first+len(ev), dtype=torch.double).log(), ev.log()))
+    if len(ev)<2: return torch.tensor(math.nan, device=features.device)
+    x,y = (o-o.mean() for o in (torch.arange(first, first+len(ev), dtype=torch.double, device=ev.device).log(), ev.log()))
     return -(x@y)/(x@x)

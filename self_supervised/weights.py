@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['resample_pos_embed', 'load_dino_weights', 'to_transformers', 'to_onnx']
 
-# %% ../nbs/08_weights.ipynb #7cb7d47e
+# %% ../nbs/08_weights.ipynb #8c91f8b3
 from fastai.vision.all import *
 from collections import defaultdict
 from itertools import chain
-import argparse, json, pickle, warnings
+from contextlib import redirect_stdout
+import argparse, inspect, io, json, pickle, warnings
 import timm
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,7 +19,7 @@ from .encoders import *
 from .features import *
 from .checkpoints import *
 
-# %% ../nbs/08_weights.ipynb #b84aaf50
+# %% ../nbs/08_weights.ipynb #ff81e9ae
 def _check_file(file):
     file = Path(file)
     if file.is_dir():
@@ -53,7 +54,7 @@ def _flat(o, prefix=''):
 
 def _image_stats(file, names):
     "Mean and deviation that transformers keeps in a file beside the weights"
-    cfg,theirs = file.with_name('preprocessor_config.json'),any(n.endswith('embeddings.position_embeddings') for n in names)
+    cfg,theirs = file.with_name('preprocessor_config.json'),any(n.endswith('embeddings.cls_token') for n in names)
     cfg = json.loads(cfg.read_text(encoding='utf-8')) if theirs and cfg.is_file() else {}
     return (cfg['image_mean'],cfg['image_std']) if {'image_mean','image_std'}<=set(cfg) else None
 
@@ -73,9 +74,9 @@ def _read(file, trust=False):
     except Exception as e: raise ValueError(f"{file} is safetensors but cannot be read ({e}): download it again") from e
     return flat, tuple(json.loads(meta[k]) for k in ('mean','std')) if {'mean','std'}<=set(meta) else _image_stats(file, flat)
 
-# %% ../nbs/08_weights.ipynb #d8b95019
+# %% ../nbs/08_weights.ipynb #2e5ed324
 _outer  = ('state_dict.','model.','module.','_orig_mod.')
-_inner  = _outer + ('backbone.','encoder.','vit.')
+_inner  = _outer + ('backbone.','encoder.','vit.','dinov2.','dinov2_with_registers.','dinov3_vit.')
 _owner  = re.compile(r'(student|teacher|momentum|state_dict_ema|model_ema)[._]')       # as in student_backbone, momentum_backbone
 _center = ('C','center','dino_loss.center','criterion.center','dino_loss_func.center')
 _parts  = (('0.encoder.','1.'), ('backbone.','head.'), ('encoder.','head.'))           # ours, and everybody else's
@@ -114,49 +115,97 @@ def _split(state, wanted):
     head  = {n:t for n,t in _under(state, 'head.').items() if n.startswith(('mlp.','last_layer.'))}                        # a classifier is none of ours
     return {n:t for n,t in state.items() if not other(n)},head
 
-# %% ../nbs/08_weights.ipynb #130af222
+# %% ../nbs/08_weights.ipynb #075e8b6b
 _hf       = {'cls_token':'embeddings.cls_token', 'pos_embed':'embeddings.position_embeddings', 'norm':'layernorm',
              'patch_embed.proj':'embeddings.patch_embeddings.projection'}
-_hf_block = {'norm1':'layernorm_before', 'norm2':'layernorm_after', 'attn.proj':'attention.output.dense',
-             'mlp.fc1':'intermediate.dense', 'mlp.fc2':'output.dense', 'attn.q':'attention.attention.query', 'attn.k':'attention.attention.key',
-             'attn.v':'attention.attention.value'}
-_hf_v5    = {f'attn.{o}':f'attention.{o}_proj' for o in 'qkv'} | {'attn.proj':'attention.o_proj'}    # in memory; files keep the old names
+_hf_attn  = {'attn.proj':'attention.output.dense', 'attn.q':'attention.attention.query', 'attn.k':'attention.attention.key', 'attn.v':'attention.attention.value'}
+_hf_block = _hf_attn | {'norm1':'layernorm_before', 'norm2':'layernorm_after', 'mlp.fc1':'intermediate.dense', 'mlp.fc2':'output.dense'}
+_hf_scale = {f'ls{i}.gamma':f'layer_scale{i}.lambda1' for i in (1,2)}
+_hf_v5    = {f'attn.{o}':f'attention.{o}_proj' for o in 'qkv'} | {'attn.proj':'attention.o_proj'}    # in memory, and DINOv3's; other files keep the old names
+_same     = {o:o for o in ('norm1','norm2','mlp.fc1','mlp.fc2')}
+
+class _Layout:
+    "How transformers calls the tensors of a kind of vision transformer"
+    def __init__(self, model, type, top, block, layers='encoder.layer'): store_attr()
+
+    def name(self, n):
+        "transformers' name of a tensor of timm's, None where it has none"
+        block = re.match(r'blocks\.(\d+)\.', n)
+        rest  = n[block.end():] if block else n
+        new   = first(new+rest[len(old):] for old,new in (self.block if block else self.top).items() if rest==old or rest.startswith(old+'.'))
+        return new and (f'{self.layers}.{block[1]}.{new}' if block else new)
+
+_hf_vit   = _Layout('ViTModel', 'vit', _hf, _hf_block)
+_hf_dino2 = _Layout('Dinov2Model', 'dinov2', _hf, _same | _hf_attn | _hf_scale)
+_hf_regs  = _Layout('Dinov2WithRegistersModel', 'dinov2_with_registers', _hf | {'reg_token':'embeddings.register_tokens'}, _hf_dino2.block)
+_hf_dino3 = _Layout('DINOv3ViTModel', 'dinov3_vit', {'cls_token':'embeddings.cls_token', 'reg_token':'embeddings.register_tokens', 'norm':'norm',
+                    'patch_embed.proj':'embeddings.patch_embeddings'}, {'norm1':'norm1', 'norm2':'norm2', 'mlp.fc1':'mlp.up_proj', 'mlp.fc2':'mlp.down_proj',
+                    'mlp.fc1_g':'mlp.gate_proj', 'mlp.fc1_x':'mlp.up_proj', 'attn.q_bias':'attention.q_proj.bias', 'attn.v_bias':'attention.v_proj.bias',
+                    **_hf_v5, **{f'gamma_{i}':f'layer_scale{i}.lambda1' for i in (1,2)}}, 'layer')
 
 def _renamed(name, pairs):
     return first(new+name[len(old):] for old,new in pairs if name==old or name.startswith(old+'.')) or name
 
-def _timm_name(name):
-    block = re.match(r'(?:encoder\.layer|layers)\.(\d+)\.', name)
-    if not block: return _renamed(name, [(h,t) for t,h in _hf.items()])
-    return f'blocks.{block[1]}.' + _renamed(name[block.end():], [(h,t) for t,h in chain(_hf_block.items(), _hf_v5.items())])
+_hf_out  = [(h,t) for t,h in _hf.items()] + [('embeddings.mask_token','mask_token'), ('embeddings.patch_embeddings','patch_embed.proj')]
+_hf_in   = [(h,t) for t,h in (_hf_block | _hf_scale).items()] + [(h,t) for t,h in _hf_v5.items()] + [('mlp.weights_in','mlp.fc1'), ('mlp.weights_out','mlp.fc2')]
 
-def _hf_name(name):
-    "transformers' name of a tensor of timm's ViT, None where it has none"
-    block = re.match(r'blocks\.(\d+)\.', name)
-    rest  = name[block.end():] if block else name
-    new   = _renamed(rest, (_hf_block if block else _hf).items())
-    return None if new==rest else f'encoder.layer.{block[1]}.{new}' if block else new
+def _timm_name(name):
+    block = re.match(r'(?:encoder\.layer|layers|(?:model\.)?layer)\.(\d+)\.', name)
+    return f'blocks.{block[1]}.' + _renamed(name[block.end():], _hf_in) if block else _renamed(name, _hf_out)
+
+def _joined(state, wanted):
+    "Queries, keys and values in one, and the two halves of a gated MLP as timm has them"
+    for n in [n for n in state if '.attn.v.' in n]:
+        names = [n.replace('.attn.v.', f'.attn.{o}.') for o in 'qkv']
+        qkv   = [state.pop(o, None) for o in names]
+        state[n.replace('.attn.v.', '.attn.qkv.')] = torch.cat([torch.zeros_like(qkv[2]) if o is None else o for o in qkv])   # DINOv3's keys have no bias
+    for n in [n for n in state if '.mlp.up_proj.' in n]:
+        of = lambda o: n.replace('up_proj', o)
+        if of('gate_proj') not in state: state[of('fc1')] = state.pop(n)
+        elif any('.mlp.fc1_g.' in o for o in wanted): state[of('fc1_g')],state[of('fc1_x')] = state.pop(of('gate_proj')),state.pop(n)
+        else: state[of('fc1')] = torch.cat([state.pop(of('gate_proj')), state.pop(n)])
+        if of('down_proj') in state: state[of('fc2')] = state.pop(of('down_proj'))
+    return state
 
 def _from_transformers(state, wanted):
-    "A ViT of transformers with timm's names; anything else as it is"
-    mark = 'embeddings.patch_embeddings.projection.weight'
-    pre  = first(n[:-len(mark)] for n in state if n.endswith(mark) and n not in wanted)
+    "A ViT, DINOv2 or DINOv3 of transformers with the names of timm or of those who published it; anything else as it is"
+    marks = [f'embeddings.patch_embeddings.{o}weight' for o in ('projection.','')]
+    pre,three = first((n[:-len(m)],m==marks[1]) for n in state for m in marks if n.endswith(m) and n not in wanted) or (None,False)
     if pre is None: return state
-    res = {pre+_timm_name(n[len(pre):]) if n.startswith(pre) else n:t for n,t in state.items()}
-    for n in [n for n in res if '.attn.q.' in n]:
-        qkv = [n.replace('.attn.q.', f'.attn.{o}.') for o in 'qkv']
-        if set(qkv)<=set(res): res[n.replace('.attn.q.', '.attn.qkv.')] = torch.cat([res.pop(o) for o in qkv])
-    return res
+    regs = {pre+'embeddings.register_tokens': pre+('storage_tokens' if three else 'register_tokens')}
+    res  = {regs.get(n) or (pre+_timm_name(n[len(pre):]) if n.startswith(pre) else n):t for n,t in state.items()}
+    if pre+'register_tokens' in res: res.setdefault(pre+'mask_token', torch.zeros(1))     # by which timm tells DINOv2
+    return _joined(res, wanted)
 
 _children = [('0','conv1'), ('1','bn1')] + [(str(i+3),f'layer{i}') for i in range(1,5)]        # of nn.Sequential(*resnet.children())
-_no_part  = re.compile(r'(fc|head|head_dist|classifier|pooler)\.|embeddings\.mask_token$')     # what an encoder does without
+_no_part  = re.compile(r'(fc|head|head_dist|classifier|pooler)\.|mask_token$')                 # what an encoder does without
 
 def _encoder_state(state, enc, wanted):
     "Tensors with the names of the encoder `enc`"
     state = {_strip(n, _inner, wanted):t for n,t in state.items()}
     if 'conv1.weight' in wanted and '0.weight' in state: state = {_renamed(n, _children):t for n,t in state.items()}
-    if isinstance(enc, timm.models.Xcit): state = timm.models.xcit.checkpoint_filter_fn(state, enc)
-    return {n:t for n,t in state.items() if n in wanted or not _no_part.match(n)}
+    state = {n if n in wanted else re.sub(r'^blocks\.\d+\.(\d+)\.', r'blocks.\1.', n):t for n,t in state.items()}      # DINOv2 trains its blocks in chunks
+    return {n:t for n,t in _by_timm(state, enc, wanted).items() if n in wanted or not _no_part.match(n)}
+
+def _filter_of(enc):
+    "timm's function that turns published names into its own, for the family of an encoder"
+    mods = [sys.modules[t.__module__] for t in type(enc).__mro__ if t.__module__.startswith('timm.models.')]
+    return first(getattr(m, o) for m in mods for o in ('checkpoint_filter_fn','_filter_fn') if hasattr(m, o))
+
+def _by_timm(state, enc, wanted):
+    "Tensors with timm's names, by timm's own conversion where that fits as many; each has the shape that it has in the file"
+    convert = _filter_of(enc)
+    if convert is None or set(state)<=set(wanted): return state
+    try:
+        with redirect_stdout(io.StringIO()): new = convert(*[dict(state),enc][:len(inspect.signature(convert).parameters)])
+    except Exception: return state                               # made for other files: what does not fit is said below
+    own = state | ({'pos_embed': state['pos_embed'][:,1:]} if 'register_tokens' in state else {})
+    new.update({n:own[n] for n in new if n in own and own[n].numel()!=new[n].numel()})     # timm resamples positions and patches unasked
+    for n in [n for n in state if n.endswith('.attn.qkv.bias') and n not in new and n[:-8]+'q_bias' not in new]:
+        q,_,v = state[n].chunk(3)
+        if q.any() or v.any(): new[n] = state[n]                 # timm drops DINOv3's biases where the model has none
+    count = lambda names: len(set(names)&set(wanted))
+    return new if count(new)>=count(state) else state
 
 def _head_state(state, wanted):
     "Tensors with the names of `DINOHead`, from lightly's and from PyTorch's newer weight norm"
@@ -185,7 +234,7 @@ def _resampled(state, enc, wanted):
     if grid is None: return state
     return state | dict(pos_embed=resample_pos_embed(pos, grid, want.shape[1]-grid[0]*grid[1]))
 
-# %% ../nbs/08_weights.ipynb #9a7973ab
+# %% ../nbs/08_weights.ipynb #ffc1ecfc
 class _Fit:
     "Which of the tensors `state` fit a module with the tensors `wanted`"
     def __init__(self, state, wanted):
@@ -209,8 +258,10 @@ class _Fit:
             if len(a)!=4 or len(b)!=4 or a[0]!=b[0]: continue
             if a[1]!=b[1]: return f"the file is for images of {a[1]} channels, the encoder for {b[1]}: build it with n_in={a[1]}"
             if n=='patch_embed.proj.weight': return f"the file has patches of {a[2]} pixels, the encoder of {b[2]}: build it with patch_size={a[2]}"
-        if set(self.shapes)=={'pos_embed'}: return "the file was made for another size of images: pass resample=True"
+        if set(self.shapes)=={'pos_embed'} and not (self.missing or self.extra): return "the file was made for another size of images: pass resample=True"
         if not self.fits and not (self.missing or self.extra): return "the file is of a network of the same kind and another width: build the encoder that it was made with"
+        if self.extra and all(n.endswith('.attn.qkv.bias') for n in self.extra):
+            return "the file has biases of queries and values: build the encoder that has them, such as vit_small_patch16_dinov3_qkvb"
         no_classifier = self.missing and all(_no_part.match(n) for n in self.missing)
         if no_classifier: return "the file has no classifier: build the encoder without one (num_classes=0)"
         return "the file is of another architecture: build the encoder that it was made with"
@@ -274,32 +325,82 @@ def _check(plan, file, strict):
     if some: advice += '; or load what fits with strict=False'
     raise ValueError(f"{file} does not fill the {name}: {fit}. Nothing was loaded: {advice}")
 
-# %% ../nbs/08_weights.ipynb #1ae89d6b
+# %% ../nbs/08_weights.ipynb #7940d3fc
 _acts = {nn.GELU:'gelu', timm.layers.GELU:'gelu', timm.layers.GELUTanh:'gelu_pytorch_tanh', nn.ReLU:'relu'}
 
-def _not_plain(enc):
-    "What of a timm vision transformer has no place in transformers' ViT"
-    names,b,pe = enc.state_dict(),enc.blocks[0],enc.patch_embed
-    res  = [f'no {o}' for o in ('norm.weight','cls_token','pos_embed') if o not in names]
-    res += [n for n in names if not _hf_name(n.replace('.qkv.','.q.'))]
+def _layout_of(enc):
+    "The model of transformers that can hold an encoder, or a `ValueError` that says why there is none"
+    name = type(enc).__name__
+    if isinstance(enc, timm.models.Eva): layout = _hf_dino3
+    elif not isinstance(enc, timm.models.VisionTransformer):
+        raise ValueError(f"{name} is no plain vision transformer of timm: to_transformers writes those only, such as vit_* and deit_*, with DINOv2's and DINOv3's")
+    else: layout = _hf_regs if enc.reg_token is not None else _hf_dino2 if isinstance(nested_attr(enc.blocks[0], 'mlp'), timm.layers.GluMlp) or 'blocks.0.ls1.gamma' in enc.state_dict() else _hf_vit
+    if other := _not_held(enc, layout):
+        has = "rotary positions as DINOv3's" if layout is _hf_dino3 else "an embedding for each position"
+        raise ValueError(f"transformers' {layout.model} cannot hold this {name} ({', '.join(other[:3])}): it has a class token, {has}, plain blocks with GELU, ReLU or SwiGLU, and a last norm")
+    return layout
+
+def _mlp_ratio(enc):
+    "The whole number from which transformers' DINOv2 works out the units of its MLP; None where there is none"
+    gated,n = isinstance(enc.blocks[0].mlp, timm.layers.GluMlp),enc.blocks[0].mlp.fc2.in_features
+    units = lambda r: (int(enc.embed_dim*r*2/3)+7)//8*8 if gated else enc.embed_dim*r
+    return first(r for r in range(1, 2*n//enc.embed_dim+2) if units(r)==n)
+
+def _not_held(enc, layout):
+    "What of a vision transformer of timm's has no place in a model of transformers"
+    names,b,pe,three = enc.state_dict(),enc.blocks[0],enc.patch_embed,layout is _hf_dino3
+    res  = [f'no {o}' for o in ('norm.weight','cls_token')+(() if three else ('pos_embed',)) if o not in names]
+    res += [n for n in names if not layout.name(n.replace('.qkv.','.q.'))]
     if res: return res
-    res = [type(o).__name__ for o,t in ((b,timm.models.vision_transformer.Block),(b.mlp,timm.layers.Mlp)) if type(o) is not t]
-    if not res and (type(b.mlp.act) not in _acts or getattr(b.mlp.act, 'approximate', 'none')!='none'): res.append(repr(b.mlp.act))
-    if enc.pos_embed.shape[1]!=pe.num_patches+1: res.append('its position embeddings')
+    mlps = (timm.layers.Mlp,) + ((timm.layers.SwiGLU,) if three else (timm.layers.GluMlp,)*(layout is not _hf_vit))
+    if type(b) is not (timm.models.eva.EvaBlock if three else timm.models.vision_transformer.Block): res.append(type(b).__name__)
+    if type(b.mlp) not in mlps: res.append(type(b.mlp).__name__)
+    gated,act = type(b.mlp) is not timm.layers.Mlp,b.mlp.act
+    if gated and (type(act) is not nn.SiLU or getattr(b.mlp, 'gate_last', False)): res.append(f'{type(b.mlp).__name__} with {act!r}')
+    if not gated and (type(act) not in _acts or getattr(act, 'approximate', 'none')!='none'): res.append(repr(act))
+    if layout in (_hf_dino2,_hf_regs) and _mlp_ratio(enc) is None: res.append(f'an MLP of {b.mlp.fc2.in_features} units')
+    if three:
+        r = enc.rope
+        if type(r).__name__!='RotaryEmbeddingDinoV3' or (r.rotate_half,r.normalize_coords,r.grid_offset,r.grid_indexing,b.attn.rotate_half)!=(True,'separate',0,'ij',True) or r.temperature is None: res.append('its rotary positions')
+        if b.gamma_1 is None or b.gamma_2 is None: res.append('no LayerScale')
+    elif enc.pos_embed.shape[1]-pe.num_patches not in (0,enc.num_prefix_tokens): res.append('its position embeddings')
     return res + (['patches that are not square'] if len(set(pe.patch_size))>1 else [])
 
-def _vit_config(enc):
-    "transformers' `ViTConfig`, or a `ValueError` that says why there is none"
-    if not isinstance(enc, timm.models.VisionTransformer):
-        raise ValueError(f"{type(enc).__name__} is no plain vision transformer of timm: transformers' ViT holds those only, such as vit_* and deit_*")
-    if other := _not_plain(enc):
-        raise ValueError(f"transformers' ViT cannot hold this {type(enc).__name__} ({', '.join(other[:3])}): it has a class token, an embedding for "
-                         "each position, plain blocks with GELU or ReLU, and a last norm")
-    b,(h,w) = enc.blocks[0],enc.patch_embed.img_size
-    return dict(architectures=['ViTModel'], model_type='vit', image_size=h if h==w else [h,w], patch_size=enc.patch_embed.patch_size[0],
-                num_channels=channels_of(enc), hidden_size=enc.embed_dim, num_hidden_layers=len(enc.blocks), num_attention_heads=b.attn.num_heads,
-                intermediate_size=b.mlp.fc1.out_features, hidden_act=_acts[type(b.mlp.act)], qkv_bias=b.attn.qkv.bias is not None,
-                layer_norm_eps=b.norm1.eps, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+def _hf_config(enc, layout):
+    "The configuration of a model of transformers"
+    b,(h,w),d = enc.blocks[0],enc.patch_embed.img_size,enc.embed_dim
+    gated,hidden = type(b.mlp) is not timm.layers.Mlp,b.mlp.fc2.in_features
+    cfg = dict(architectures=[layout.model], model_type=layout.type, image_size=h if h==w else [h,w], patch_size=enc.patch_embed.patch_size[0],
+               num_channels=channels_of(enc), hidden_size=d, num_hidden_layers=len(enc.blocks), num_attention_heads=b.attn.num_heads,
+               layer_norm_eps=b.norm1.eps, hidden_act='silu' if gated else _acts[type(b.mlp.act)])
+    if 'reg_token' in layout.top: cfg['num_register_tokens'] = 0 if enc.reg_token is None else enc.reg_token.shape[1]
+    if layout is _hf_dino3:
+        return cfg | dict(intermediate_size=hidden, use_gated_mlp=gated, rope_theta=enc.rope.temperature, key_bias=False, attention_dropout=0.,
+                          query_bias=b.attn.q_bias is not None, value_bias=b.attn.v_bias is not None)
+    cfg |= dict(qkv_bias=b.attn.qkv.bias is not None, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    if layout is _hf_vit: return cfg | dict(intermediate_size=hidden)
+    return cfg | dict(mlp_ratio=_mlp_ratio(enc), use_swiglu_ffn=gated) | (dict(use_mask_token=False) if layout is _hf_dino2 else {})
+
+def _hf_state(enc, layout):
+    "Tensors with transformers' names"
+    own,names,res = {n:t.detach().cpu() for n,t in enc.state_dict().items()},layout.name,{}
+    d,n,gated = enc.embed_dim,enc.patch_embed.num_patches,isinstance(enc.blocks[0].mlp, timm.layers.GluMlp)
+    if layout is not _hf_dino3:                                  # timm may have no position for the class token, or one for each register
+        pos = own['pos_embed']
+        pre = F.pad(pos[:,:-n], (0,0,0,enc.num_prefix_tokens-(pos.shape[1]-n)))
+        own['pos_embed'] = torch.cat([pre[:,:1], pos[:,-n:]], 1)
+        if enc.reg_token is not None: own['reg_token'] = own['reg_token']+pre[:,1:]
+    if layout in (_hf_dino2,_hf_regs):
+        for i in range(len(enc.blocks)):
+            for o in _hf_scale: own.setdefault(f'blocks.{i}.{o}', torch.ones(d, dtype=own['norm.weight'].dtype))           # no LayerScale is one of 1
+    for k,t in own.items():
+        qkv = [(k.replace('.qkv.', f'.{o}.'),p) for o,p in zip('qkv', t.chunk(3))] if '.attn.qkv.' in k else [(k,t)]
+        res.update({names(a):b.clone().contiguous() for a,b in qkv})
+    if gated: res = {n.replace('.mlp.fc1.', '.mlp.weights_in.').replace('.mlp.fc2.', '.mlp.weights_out.'):t for n,t in res.items()}
+    if 'reg_token' in layout.top:                                # what these models always have
+        res['embeddings.mask_token'] = own['cls_token'].new_zeros((1,1,d) if layout is _hf_dino3 else (1,d))
+        res.setdefault('embeddings.register_tokens', own['cls_token'].new_zeros(1,0,d))
+    return res
 
 def _processor_config(stats, size):
     (h,w),(mean,std) = size,([round(v, 6) for v in o.tolist()] for o in stats)
@@ -311,21 +412,21 @@ def _write_json(o, file):
     with atomic_path(file) as tmp: tmp.write_text(json.dumps(o, indent=2)+'\n', encoding='utf-8')
 
 def to_transformers(
-    learn_or_model:Learner|nn.Module, # What `encoder_of` takes; the encoder a plain vision transformer of timm
+    learn_or_model:Learner|nn.Module, # What `encoder_of` takes; the encoder a vision transformer of timm: a plain one, DINOv2's or DINOv3's
     folder:str|Path, # Folder to write
     who:str='teacher', # Whose encoder: 'teacher' or 'student'
     verbose:bool=True # Print how to load it?
 )->Path: # `folder`
-    "Write the encoder as a `ViTModel` of transformers, with the processor of its images"
+    "Write the encoder as a `ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel` of transformers, with the processor of its images"
     enc,stats,folder = encoder_of(learn_or_model, who),norm_stats(learn_or_model),Path(folder)
-    cfg,state = _vit_config(enc),{}
-    for n,t in enc.state_dict().items():
-        qkv = [(n.replace('.qkv.', f'.{o}.'),p) for o,p in zip('qkv', t.chunk(3))] if '.attn.qkv.' in n else [(n,t)]
-        state.update({_hf_name(k):v.detach().cpu().clone().contiguous() for k,v in qkv})
-    with atomic_path(folder/'model.safetensors') as tmp: save_file(state, tmp, {'format':'pt'})
-    _write_json(cfg, folder/'config.json')
+    layout = _layout_of(enc)
+    with atomic_path(folder/'model.safetensors') as tmp: save_file(_hf_state(enc, layout), tmp, {'format':'pt'})
+    _write_json(_hf_config(enc, layout), folder/'config.json')
     if stats and len(stats[0])==3: _write_json(_processor_config(stats, enc.patch_embed.img_size), folder/'preprocessor_config.json')
-    if verbose: print(f"transformers.ViTModel.from_pretrained('{folder}', add_pooling_layer=False)")
+    if verbose:
+        feature = {'class token':'[:,0]', 'mean of patches':f'[:,{enc.num_prefix_tokens}:].mean(1)'}.get(image_feature(enc))
+        print(f"transformers.{layout.model}.from_pretrained('{folder}'{', add_pooling_layer=False' if layout is _hf_vit else ''})"
+              + (f"; what stands for an image is its .last_hidden_state{feature}" if feature else ''))
     return folder
 
 # %% ../nbs/08_weights.ipynb #c26847ad

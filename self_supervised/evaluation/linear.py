@@ -16,7 +16,7 @@ from ..features import *
 from ..checkpoints import *
 from .knn import *
 
-# %% ../../nbs/11_evaluation.linear.ipynb #35c55249
+# %% ../../nbs/11_evaluation.linear.ipynb #14af9ba4
 def logistic_classifier(
     train_feats:Tensor, # Features, (n_train, d)
     train_y:Tensor, # Classes, (n_train,)
@@ -28,8 +28,8 @@ def logistic_classifier(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     if len(train_y.unique())<2: raise ValueError("all labels are the same: a classifier needs at least two classes")
-    scaler = StandardScaler().fit(ifnone(standardize_by, train_feats).numpy())
-    clf    = LogisticRegression(C=C, max_iter=2000).fit(scaler.transform(train_feats.numpy()), train_y.numpy())
+    scaler = StandardScaler().fit(ifnone(standardize_by, train_feats).cpu().numpy())
+    clf    = LogisticRegression(C=C, max_iter=2000).fit(scaler.transform(train_feats.cpu().numpy()), train_y.cpu().numpy())
     return make_pipeline(scaler, clf)
 
 @delegates(split_features)
@@ -44,7 +44,7 @@ def linear_accuracy(
     ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
     return mean_hits(logistic_classifier(ftr, ytr, C).predict(fte.numpy())==yte.numpy(), yte, balanced)
 
-# %% ../../nbs/11_evaluation.linear.ipynb #c43f844a
+# %% ../../nbs/11_evaluation.linear.ipynb #d63d6f28
 def feature_parts(
     d:int, # Features of a token
     n_blocks:tuple=(1,4), # Numbers of last blocks to try
@@ -97,11 +97,12 @@ class LinearSweep(Module):
         balanced:bool=False # Average over classes: see `mean_hits`
     )->list: # Between 0 and 1, in the order of `keys`
         "Accuracy of each classifier"
-        def hits(o, yb): return (o.topk(min(top, o.shape[1]), 1).indices==yb[:,None]).any(1)
-        hit = [[hits(o, yb) for o in self(xb.float())] for xb,yb in zip(feats.split(4096), y.split(4096))]
+        dev = device_of(self)
+        def hits(o, yb): return (o.topk(min(top, o.shape[1]), 1).indices==yb.to(dev)[:,None]).any(1)
+        hit = [[hits(o, yb) for o in self(xb.float().to(dev))] for xb,yb in zip(feats.split(4096), y.split(4096))]
         return [mean_hits(torch.cat(h), y, balanced) for h in zip(*hit)]
 
-# %% ../../nbs/11_evaluation.linear.ipynb #669e1786
+# %% ../../nbs/11_evaluation.linear.ipynb #e71b8277
 _lrs = (1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.)
 
 def sweep_features(
@@ -126,6 +127,7 @@ def sweep_features(
     if epochs<1: raise ValueError(f"epochs={epochs}: pass 1 or more")
     if not len(lrs) or min(lrs)<=0: raise ValueError(f"lrs={lrs}: pass learning rates above 0")
     if not 0<=valid_pct<1: raise ValueError(f"valid_pct={valid_pct}: pass a part of the training images, from 0 to below 1")
+    device  = ifnone(device, torch.device('cpu'))
     g,parts = torch.Generator().manual_seed(seed),parts or {'all': slice(0, train_feats.shape[1])}
     if not valid_pct: train,valid = torch.arange(len(train_y)),None
     else: train,valid = stratified_split(train_y, valid_pct, seed) if groups is None else group_split(train_y, groups, valid_pct, seed)

@@ -11,7 +11,7 @@ from ..features import *
 from .knn import *
 from .linear import *
 
-# %% ../../nbs/12_evaluation.lowshot.ipynb #81899d61
+# %% ../../nbs/12_evaluation.lowshot.ipynb #44c24636
 def draw_labels(
     y:Tensor, # Classes of all training images, (n,)
     per_class:int|float, # Labels a class: a number, or a part of the class between 0 and 1, at least one
@@ -22,7 +22,7 @@ def draw_labels(
     if per_class<=0: raise ValueError(f"per_class={per_class}: pass at least one label a class")
     rng,ids = np.random.RandomState(seed),[]
     for c in y.unique():
-        of_c = (y==c).nonzero()[:,0].numpy()
+        of_c = (y==c).nonzero()[:,0].cpu().numpy()
         n = max(1,round(per_class*len(of_c))) if isinstance(per_class, float) else per_class
         if n>len(of_c): raise ValueError(f"class {c} has {len(of_c)} images but {n} labels were asked for: pass per_class<={len(of_c)}")
         ids.append(rng.choice(of_c, n, replace=False))
@@ -43,7 +43,7 @@ def lowshot_hits(
     train_feats,test_feats = train_feats.float(),test_feats.float()
     def one(s):
         i = draw_labels(train_y, per_class, s)
-        return logistic_classifier(train_feats[i], train_y[i], C, standardize_by=train_feats).predict(test_feats.numpy())==test_y.numpy()
+        return logistic_classifier(train_feats[i], train_y[i], C, standardize_by=train_feats).predict(test_feats.cpu().numpy())==test_y.cpu().numpy()
     return np.array([one(s) for s in range(seed, seed+draws)])
 
 @delegates(lowshot_hits)

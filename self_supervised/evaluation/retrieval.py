@@ -14,7 +14,7 @@ from ..data import *
 from ..encoders import *
 from ..features import *
 
-# %% ../../nbs/14_evaluation.retrieval.ipynb #c4417e34
+# %% ../../nbs/14_evaluation.retrieval.ipynb #70cdf7fb
 def average_precision(
     ranks:Tensor|list, # Ranks of the right images that were found, from 0, in any order; images that do not count are taken out before
     n_positives:int # Right images in the database, found or not
@@ -24,7 +24,7 @@ def average_precision(
     if len(r)>n_positives or n_positives<1:
         raise ValueError(f"{len(r)} ranks of right images, but n_positives={n_positives}: pass the number of right images in the database")
     if len(r) and (r[0]<0 or (r.diff()==0).any()): raise ValueError(f"ranks {r.int().tolist()[:10]} and so on: pass numbers from 0, each of them once")
-    found = torch.arange(len(r))
+    found = torch.arange(len(r), device=r.device)
     before = torch.where(r==0, 1., found/r.clamp(min=1))
     return ((before + (found+1)/(r+1))/2).sum().item()/n_positives
 

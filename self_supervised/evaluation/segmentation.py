@@ -35,7 +35,7 @@ def jaccard(
     inter,union = ((o.flatten(-2).sum(-1)) for o in (pred&true, pred|true))
     return torch.where(union>0, inter/union.clamp(min=1), 1.)
 
-# %% ../../nbs/17_evaluation.segmentation.ipynb #2fcb6646
+# %% ../../nbs/17_evaluation.segmentation.ipynb #7c4c915b
 def head_jaccards(
     attn:Tensor, # Attention maps of an image, (heads,h,w)
     labels:Tensor, # Its map of labels, (H,W): 0 background, 255 void, others objects
@@ -46,7 +46,7 @@ def head_jaccards(
     if H%h or W%w: raise ValueError(f"a map of {h}x{w} patches does not fill labels of {H}x{W} pixels: cut the labels as the image was, with whole_patches")
     masks = mass_mask(attn, keep).repeat_interleave(H//h, -2).repeat_interleave(W//w, -1)
     objs  = [o for o in labels.unique() if o not in (0,255)]
-    if not objs: return torch.zeros(0, len(attn))
+    if not objs: return attn.new_zeros(0, len(attn))
     return torch.stack([jaccard(masks, labels==o, labels==255) for o in objs])
 
 def summarise_heads(

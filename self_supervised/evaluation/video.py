@@ -56,19 +56,21 @@ def propagate(
     if not maps: raise ValueError("a video without frames: pass features of one frame or more")
     return torch.stack(maps)
 
-# %% ../../nbs/16_evaluation.video.ipynb #ea6d3a5b
+# %% ../../nbs/16_evaluation.video.ipynb #da682c36
 def davis_palette(
 )->np.ndarray: # Red, green and blue of each label, uint8, (256, 3)
     "The colour map of PASCAL VOC and DAVIS"
     i = np.arange(256)
     return np.stack([sum((i>>(3*j+c)&1)<<(7-j) for j in range(3)) for c in range(3)], 1).astype(np.uint8)
 
+def _array(o): return np.asarray(o.cpu() if isinstance(o, Tensor) else o)
+
 def write_mask(
     mask:Tensor, # Labels from 0 to 255, (H,W)
     file:str|Path # A .png file; its folder is made
 ):
     "Write labels as an image with a palette, as DAVIS's own evaluation reads them"
-    file,mask = Path(file),np.asarray(mask)
+    file,mask = Path(file),_array(mask)
     if file.suffix!='.png': raise ValueError(f"{file}: pass a name that ends in .png, for labels must not be compressed with loss")
     if mask.ndim!=2 or mask.min()<0 or mask.max()>255: raise ValueError(f"a mask of {mask.shape} with labels {mask.min()} to {mask.max()}: pass (H,W) and labels 0 to 255")
     im = Image.fromarray(mask.astype(np.uint8))
@@ -152,9 +154,9 @@ def segment_video(
 def _px(hw): return f"{hw[0]}x{hw[1]} pixels"
 def _named(o, other='the first mask'): return str(o) if isinstance(o, (str,Path)) else other
 
-# %% ../../nbs/16_evaluation.video.ipynb #3bed641e
+# %% ../../nbs/16_evaluation.video.ipynb #9be84cfe
 def _pair(pred, true):
-    pred,true = (np.asarray(o.cpu() if isinstance(o, Tensor) else o).astype(bool) for o in (pred,true))
+    pred,true = (_array(o).astype(bool) for o in (pred,true))
     if pred.shape!=true.shape or pred.ndim!=2: raise ValueError(f"masks of {pred.shape} and {true.shape}: pass two of one size, (H,W)")
     return pred,true
 
@@ -188,7 +190,7 @@ def mask_f(
     precision,recall = ((KDTree(b).query(a)[0]<=tol).mean() for a,b in ((p,t),(t,p)))
     return float(2*precision*recall/(precision+recall)) if precision+recall else 0.
 
-# %% ../../nbs/16_evaluation.video.ipynb #69974f18
+# %% ../../nbs/16_evaluation.video.ipynb #1f463854
 def _statistics(v):
     "Mean, recall and decay of the scores of an object's frames"
     q = (np.round(np.linspace(1, len(v), 5)+1e-10)-1).astype(int)         # borders of the quarters; neighbours share them, as in DAVIS's evaluation
@@ -200,7 +202,7 @@ def video_scores(
     bound_pix:float=0.008 # Tolerance of F, see `mask_f`
 )->pd.DataFrame: # A row an object; fractions
     "J and F of each object of a video, without the first and last frame (Pont-Tuset et al. 2017)"
-    pred,true = (np.asarray(o) for o in (pred_masks,true_masks))
+    pred,true = (_array(o) for o in (pred_masks,true_masks))
     if pred.shape!=true.shape or pred.ndim!=3: raise ValueError(f"masks of {pred.shape} and {true.shape}: pass two sets of one size, (t,H,W)")
     if len(true)<3: raise ValueError(f"a video of {len(true)} frames has none between the first and the last, which are not scored: pass 3 or more")
     true,rows = np.where(true==255, 0, true),{}

@@ -1,0 +1,58 @@
+"Pure functions on tensors of a GPU: none makes a tensor on the CPU beside them"
+import numpy as np, pytest, torch, warnings
+from fastai.vision.all import *
+from self_supervised.all import *
+from self_supervised.objectives import *
+from self_supervised.evaluation.retrieval import average_precision, retrieval_scores
+from self_supervised.evaluation.copydetection import *
+from self_supervised.evaluation.linear import *
+from self_supervised.evaluation.lowshot import *
+from self_supervised.evaluation.knn import *
+from self_supervised.evaluation.segmentation import *
+from self_supervised.evaluation.video import *
+from devices import *
+
+def r(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def probs(*shape): return r(*shape).softmax(-1)
+y  = torch.arange(24)%3
+ft = r(24,6)+F.one_hot(y, 6)*3
+mask = torch.tensor([[True,True,False,False],[False,True,False,True]])
+nan  = torch.full((4,3), torch.nan)
+gnd  = [dict(easy=[1,2], hard=[3], junk=[4]), dict(easy=[5], hard=[6], junk=[])]
+attn,labels = r(2,4,4).softmax(-1),torch.zeros(8,8, dtype=torch.long)
+one = labels.clone(); one[2:5,2:5] = 1
+onehot = F.one_hot(torch.arange(9)%2).float().T.view(2,3,3)
+
+calls = dict(
+    dino_loss=(dino_loss, r(12,5), r(8,5), r(1,5)), linear_pair_loss=(linear_pair_loss, r(12,4), r(5,4), probs(8,5)), teacher_entropy=(teacher_entropy, r(8,5), r(1,5)),
+    kl=(kl, r(12,5), r(8,5), r(1,5)), update_center=(update_center, r(1,5), r(5)), sinkhorn_knopp=(sinkhorn_knopp, r(8,5)), mse_pair_loss=(mse_pair_loss, r(12,5), probs(8,5)),
+    byol_loss=(byol_loss, r(12,5), r(8,5)), moco_loss=(moco_loss, r(12,5), r(8,5), r(9,5)), simclr_loss=(simclr_loss, r(8,5)), barlow_loss=(barlow_loss, r(8,5)),
+    distill_loss=(distill_loss, r(12,5), r(8,5)), coding_rate=(coding_rate, r(12,5)), simdino_loss=(simdino_loss, r(12,5), r(8,5)), lejepa_loss=(lejepa_loss, r(8,5), r(7,5)),
+    koleo=(koleo, r(8,5)), ibot_loss=(ibot_loss, r(4,5), probs(4,5), mask), rankme=(rankme, r(20,5)), rankme_of_nan=(rankme, nan), alpha_req=(alpha_req, r(20,5)),
+    alpha_req_of_nan=(alpha_req, nan), alpha_req_of_one=(alpha_req, torch.ones(4,3)),
+    average_precision=(average_precision, torch.tensor([0,3,5]), 4), retrieval_scores=(retrieval_scores, r(2,6), r(9,6), gnd), gem=(gem, r(2,3,3,4)), whiten=(lambda f: Whiten(f)(f), r(30,4)),
+    copy_scores=(copy_scores, r(3,6), r(9,6), [1,4,8]), knn_classifier=(knn_classifier, ft, y, ft+.1, 5), accuracy_of=(accuracy_of, r(24,3), y),
+    logistic_classifier=(lambda f,y: logistic_classifier(f, y).score(np.asarray(ft), np.asarray(y.cpu())), ft, y), lowshot_scores=(lowshot_scores, ft, y, ft, y, .5, 2),
+    draw_labels=(draw_labels, y, 2), sweep_features=(lambda *a: sweep_features(*a, lrs=(.1,1.), epochs=2, bs=8)[0].iloc[:,1:].to_numpy(float), ft, y, ft, y), group_split=(group_split, y, [i//2 for i in range(24)]),
+    mass_mask=(mass_mask, attn), jaccard=(jaccard, attn>.2, attn>.3), head_jaccards=(head_jaccards, attn, one), head_jaccards_of_none=(head_jaccards, attn, labels),
+    propagate=(propagate, r(3,3,3,4), onehot), masks_from_maps=(masks_from_maps, onehot[None], (2,2)), mask_j=(mask_j, one>0, one.roll(1)>0), mask_f=(mask_f, one>0, one.roll(1)>0), video_scores=(lambda *a: video_scores(*a), one.repeat(6,1,1), one.roll(1).repeat(6,1,1)))
+
+@pytest.mark.parametrize('name', calls)
+def test_a_pure_function_on_a_gpu(name):
+    f,*args = calls[name]
+    want = f(*[o.clone() if isinstance(o, Tensor) else o for o in args])
+    with gpu_there(): got = f(*[on_gpu(o) if isinstance(o, Tensor) else o for o in args])
+    for a,b in zip(*(o if isinstance(o, tuple) else (o,) for o in (want,got))):
+        if isinstance(b, OnGPU): a,b = a.numpy(),plain(b).detach().numpy()
+        if isinstance(a, dict): a,b = ([str(v) for v in o.values()] for o in (a,b))
+        np.testing.assert_equal(a, b) if isinstance(a, list) else np.testing.assert_allclose(a, b, rtol=1e-5)
+    floats = isinstance(want, Tensor) and any(isinstance(o, Tensor) and o.is_floating_point() for o in args) and name not in ('copy_scores','masks_from_maps')
+    if floats: assert isinstance(got, OnGPU), "a result on the CPU"
+
+def test_the_tensor_refuses_what_a_gpu_refuses():
+    a,b = on_gpu(r(3)),r(3)
+    with gpu_there():
+        for wrong in (lambda: a+b, lambda: b@a, lambda: torch.cat([a,b]), lambda: b[on_gpu(torch.tensor([0]))], lambda: a+torch.arange(3), lambda: torch.where(a>0, a, b)):
+            with pytest.raises(RuntimeError, match='device|CPU'): wrong()
+        with pytest.raises(TypeError): a.numpy()
+        assert isinstance(torch.arange(3, device=a.device)+a, OnGPU) and isinstance(a[torch.tensor([0])], OnGPU) and not isinstance(a.cpu()+b, OnGPU) and isinstance(b.to(a)+a, OnGPU)
