@@ -15,7 +15,7 @@ from itertools import groupby
 import kornia, kornia.augmentation as K
 from .data import *
 
-# %% ../nbs/01_augmentations.ipynb #2b62e306
+# %% ../nbs/01_augmentations.ipynb #e7138eb0
 def _way(x):
     "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
     return x.device.type=='cpu' and x.shape[-2:].numel()>64**2, torch.half if x.device.type!='cpu' and x.dtype==torch.uint8 else torch.float32
@@ -68,6 +68,7 @@ def crop_resize(
     flip:Tensor|None=None # Mirror left and right? (n*bs,) booleans; default: none
 )->Tensor: # (n*bs,C,size,size), uint8 or floats in [0,1]
     "Cut boxes out of images, resize and flip them: as is fastest on the device of `x`"
+    if not len(boxes): return x.new_empty(0, x.shape[1], size, size)
     if flip is None: flip = torch.zeros(len(boxes), dtype=torch.bool)
     each,dtype = _way(x)
     if not each: return crop_matmul(x, boxes, size, flip, dtype)
@@ -174,7 +175,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # what is brighter than one half, inverted
 
-# %% ../nbs/01_augmentations.ipynb #30085914
+# %% ../nbs/01_augmentations.ipynb #6bd7fea5
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -235,6 +236,7 @@ class View:
     )->Tensor: # Views (m,C,size,size), normalised
         "Do what was drawn"
         crops = crop_resize(x, d['boxes'], self.size, d['flip'])
+        if not len(crops): return crops.float()
         n = 1 if _way(crops)[0] else len(crops)
         out = torch.empty(crops.shape, device=x.device)
         for y,o,*v in zip(*(o.split(n) for o in (crops,out,*d.values()))): self._change(y, dict(zip(d,v)), o)

@@ -304,20 +304,22 @@ def n_images(
         raise ValueError(f"a {type(dl).__name__} of a {type(getattr(dl, 'dataset', dl)).__name__} does not say how many images it has, which the schedules of training need: "
                          "give the data set a __len__ that returns their number") from None
 
-# %% ../nbs/00_data.ipynb #eac42d25
+# %% ../nbs/00_data.ipynb #b7e7f74d
 class Paths(Sequence):
     "Paths as one array of bytes"
     def __init__(self,
         files=() # Strings or Paths, or pairs of a folder and a name in it
     ):
-        names,ends,at,folders = bytearray(),array('q', [0]),array('i'),{}
+        names,lens,at,folders = bytearray(),array('i', [0]),array('i'),{}
         for f in files:
             d,o = f if isinstance(f, tuple) else os.path.split(str(Path(f)))
-            names += os.fsencode(o)
-            ends.append(len(names))
+            o = os.fsencode(o)
+            names += o
+            lens.append(len(o))
             at.append(folders.setdefault(d, len(folders)))
         self.folders,self.idxs = list(folders),None
-        self.names,self.ends,self.at = (torch.from_numpy(np.array(o, dtype=t)) for o,t in ((names,np.uint8),(ends,np.int64),(at,np.int32)))     # tensors: workers that are spawned share them
+        arrays = (np.frombuffer(names, np.uint8),np.frombuffer(lens, np.int32).cumsum(dtype=np.int64),np.frombuffer(at, np.int32))
+        self.names,self.ends,self.at = map(torch.from_numpy, arrays)         # tensors: workers that are spawned share them
 
     def __len__(self): return len(self.at if self.idxs is None else self.idxs)
     def __getitem__(self, i):
@@ -326,29 +328,41 @@ class Paths(Sequence):
             j   = range(len(self))[i] if self.idxs is None else self.idxs[i].item()
             a,b = self.ends[j:j+2].tolist()
             return Path(self.folders[self.at[j]], os.fsdecode(self.names[a:b].numpy().tobytes()))
-        if isinstance(i, slice): i = np.arange(len(self))[i]
-        i   = torch.as_tensor(np.array(list(i) if isinstance(i, L) else i))
-        if not len(i): i = i.int()
-        res = copy(self)
-        res.idxs = (torch.arange(len(self), dtype=torch.int32) if self.idxs is None else self.idxs)[i if i.dtype==torch.bool else i.long()]
+        res,n = copy(self),len(self)
+        if isinstance(i, slice) and i==slice(None): return res
+        i = np.arange(*i.indices(n)) if isinstance(i, slice) else np.asarray(list(i) if isinstance(i, L) else i)
+        if i.dtype==bool: i = np.arange(n)[i]
+        if len(i) and not -n<=i.min()<=i.max()<n: raise IndexError(f"{i.min()} to {i.max()} of {n} files")
+        i = np.where(i<0, i+n, i).astype(np.int32)
+        res.idxs = torch.from_numpy(i if self.idxs is None else self.idxs.numpy()[i])
         return res
 
     def __eq__(self, o): return isinstance(o, (Sequence,L)) and len(self)==len(o) and all(a==b for a,b in zip(self, o))
     __hash__ = None
+    def __iter__(self):
+        for i in range(0, len(self), 10_000): yield from self._decoded(i, min(i+10_000, len(self)))
+
+    def _decoded(self, i, j):                                    # many at once are ten times as fast
+        js = torch.arange(i, j) if self.idxs is None else self.idxs[i:j].long()
+        names,ends = self.names.numpy(),self.ends
+        return [Path(self.folders[d], os.fsdecode(names[a:b].tobytes())) for a,b,d in zip(ends[js].tolist(), ends[js+1].tolist(), self.at[js].tolist())]
+
     def __repr__(self): return f"(#{len(self)}) [{', '.join(map(repr, self[:10]))}{', ...' if len(self)>10 else ''}]"
 
-# %% ../nbs/00_data.ipynb #dfbb1e17
+# %% ../nbs/00_data.ipynb #a0620984
 class ImageFiles:
     "Image files as a data set of `(image,)`"
     n_inp = 1
     def __init__(self,
-        items:list, # Files
+        items:list, # Files; or images as `open_fn` gives them
         open_fn:Callable, # File to Pillow image, array or tensor
         split_idx:int=0, # 0 in training, 1 in validation
         replace:bool=True # May another image take the place of one that cannot be read?
     ): store_attr()
     def __len__(self): return len(self.items)
-    def __getitem__(self, i): return (_Open(self.open_fn)(self.items[i]),)
+    def __getitem__(self, i):
+        o = self.items[i]
+        return (_to_image(self.open_fn(o) if isinstance(o, (str,Path)) else o),)
     def new(self, items): return ImageFiles(_as_files(items), self.open_fn, 1, False)
     def new_empty(self): return ImageFiles(self.items[:0], self.open_fn, self.split_idx, self.replace)
 
@@ -368,7 +382,12 @@ class FilesDL(TfmdDL):
         return res
 
     def get_idxs(self): return self.shuffle_fn(range(self.n)) if self.shuffle else np.arange(self.n, dtype=np.int32)
-    def shuffle_fn(self, idxs): return np.array(self.rng.sample(idxs, len(idxs)), dtype=np.int32)
+    def shuffle_fn(self, idxs):                                  # what `rng.sample` would give, in arrays
+        pool,res = array('i', idxs),array('i', bytes(4*len(idxs)))
+        for i,n in enumerate(range(len(idxs), 0, -1)):
+            while (j := self.rng.getrandbits(n.bit_length()))>=n: pass
+            res[i],pool[j] = pool[j],pool[n-1]
+        return np.array(res, dtype=np.int32)
     def wif(self):                                               # in a worker
         gc.freeze()
         warnings.filterwarnings('ignore', module='PIL')          # what Pillow has to say of images that it reads
