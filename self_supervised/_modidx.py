@@ -138,7 +138,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'self_supervised.cli._command': ('cli.html#_command', 'self_supervised/cli.py'),
                                      'self_supervised.cli._fits_method': ('cli.html#_fits_method', 'self_supervised/cli.py'),
                                      'self_supervised.cli._given': ('cli.html#_given', 'self_supervised/cli.py'),
-                                     'self_supervised.cli._look': ('cli.html#_look', 'self_supervised/cli.py'),
                                      'self_supervised.cli._pick': ('cli.html#_pick', 'self_supervised/cli.py'),
                                      'self_supervised.cli._reported': ('cli.html#_reported', 'self_supervised/cli.py'),
                                      'self_supervised.cli._sentence': ('cli.html#_sentence', 'self_supervised/cli.py'),

@@ -70,7 +70,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/50_cli.ipynb #9dfb38c4
+# %% ../nbs/50_cli.ipynb #9f44a4d7
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -192,7 +192,12 @@ def dino_train(
         opens    = opener(n_in, named_open_fn(open_fn))
         dls      = unlabelled_dls(path, size, bs, seed=seed, num_workers=num_workers, path=out, open_fn=opens, cache=cache)
         labelled = labelled_dls(labels, size, bs, crop_pct=1, num_workers=num_workers, open_fn=opens) if labels else None
-        _look(dls, labelled, n_in, out)
+        for dl in labelled or ():
+            dl.dataset.bad_files = out/'bad_files.jsonl'
+            with random_kept(): plain_dl(dl).one_batch()         # is there anything to read? Before the work, not after an epoch of it
+        if open_fn:
+            with random_kept(): c = plain_dl(dls.train).one_batch()[0].shape[1]
+            if c!=n_in: raise ValueError(f"--n-in {n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     kind  = methods[method]
     enc   = create_encoder(_archs.get(arch, arch), n_in=n_in, drop_path_rate=ifnone(drop_path_rate, .1 if method in ('dino','simdino') else 0.), **_given(patch_size=patch_size))
     sizes = crop_sizes_for(size, enc)
@@ -253,16 +258,7 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/50_cli.ipynb #5cd74ae8
-def _look(dls, labelled, n_in, out):
-    "Channels, and bad files among the labelled images, before the work"
-    with random_kept():
-        c = dls.train.do_item(0)[0].shape[0] if len(dls.train_ds) else n_in
-        for dl in labelled or ():
-            dl.dataset.bad_files = out/'bad_files.jsonl'
-            plain_dl(dl).one_batch()
-    if c!=n_in: raise ValueError(f"--n-in {n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
-
+# %% ../nbs/50_cli.ipynb #3ce36a6d
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 

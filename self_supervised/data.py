@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from array import array
 import gc, io, json, numbers, stat, traceback
 
-# %% ../nbs/00_data.ipynb #9709de87
+# %% ../nbs/00_data.ipynb #e7e4c168
 _no_images = {'EPS','MPEG','BUFR','GRIB','HDF5','WMF'}           # a program that Ghostscript runs, films, and what Pillow has names for but no reader
 
 def _formats():                                                  # not kept: a plugin may be registered at any time
@@ -41,7 +41,8 @@ def open_rgb(
     size:int|None=None # Short side that is wanted, in pixels: lets a JPEG be decoded at a fraction of its size
 )->PILImage: # Upright, three channels of 8 bits
     "Open an image of any Pillow mode as upright 8-bit RGB, 16-bit images scaled to 8 bits"
-    if not (hasattr(fn, 'read') or _is_regular(fn)): raise ValueError(f"{_shown(fn)} is a folder, a pipe or a device: pass files")
+    if not (hasattr(fn, 'read') or _is_regular(fn)):
+        raise ValueError(f"{_shown(fn)} is a folder, a pipe or a device: pass files")
     with Image.open(fn, formats=_formats()) as im:
         if size: im.draft('RGB', (size,size))
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -59,21 +60,22 @@ def _top(im):
     return 2.**bits-1 if im.mode.startswith('I;16') and bits<16 else 65535.
 
 def _unpacked(im, top, fn):
-    "Floats in [0,1] from a Pillow image of more than 8 bits, any other as grey or colour of 8 bits, with alpha where it has it"
+    "Floats in [0,1] from a Pillow image of more than 8 bits, any other as grey or colour of 8 bits, alpha kept"
     if im.mode[0] in 'IF':
         a = np.asarray(im).astype(np.float32)
         if not (a.min()>=0 and a.max()<=top):
-            raise ValueError(f"{_shown(fn)} has values from {a.min():g} to {a.max():g}, and an image of mode {im.mode} is read as 0 to {top:g}: "
-                             "scale it to floats in [0,1] first, files in an open_fn")
+            raise ValueError(f"{_shown(fn)} has values from {a.min():g} to {a.max():g}, and an image of mode {im.mode} "
+                             f"is read as 0 to {top:g}: scale it to floats in [0,1] first, files in an open_fn")
         return TensorImage(torch.from_numpy(a/top)[None])
     if im.mode in ('L','LA','RGB','RGBA'): return im
-    if im.mode in ('P','PA'): return im.convert('RGBA').convert('RGB') if im.mode=='PA' or 'transparency' in im.info else im.convert('RGB')
+    if im.mode=='PA' or im.mode=='P' and 'transparency' in im.info: im = im.convert('RGBA').convert('RGB')
     return im.convert({'1':'L', 'La':'LA', 'RGBa':'RGBA'}.get(im.mode, 'RGB'))
 
 def _as_pillow(im):
     "A Pillow image of 8 bits"
     if isinstance(im, Image.Image): return im
-    if len(im) not in (1,3,4): raise ValueError(f"an image of {len(im)} channels, where one in colour (3) or in grey (1) is needed")
+    if len(im) not in (1,3,4):
+        raise ValueError(f"an image of {len(im)} channels, where one in colour (3) or in grey (1) is needed")
     a = (im.as_subclass(Tensor)*255).round().byte().permute(1,2,0).numpy()
     return Image.fromarray(a[...,0] if len(im)==1 else a)
 
@@ -94,7 +96,8 @@ def open_stored(
 
 class Unreadable(ValueError):
     "A file that cannot be read"
-    def __init__(self, fn, error): super().__init__(f"{_shown(fn)} cannot be read ({type(error).__name__}: {error}): get it anew, or leave it out")
+    def __init__(self, fn, error):
+        super().__init__(f"{_shown(fn)} cannot be read ({type(error).__name__}: {error}): get it anew, or leave it out")
 
 def opener(
     n_in:int, # Channels of the images
@@ -103,10 +106,11 @@ def opener(
 )->Callable: # File to image
     "`open_rgb` or `open_gray`"
     if open_fn is not None: return open_fn
-    if n_in not in (1,3): raise ValueError(f"{n_in} channels: files are opened in colour (3) or in grey (1); for others {instead}")
+    if n_in not in (1,3):
+        raise ValueError(f"{n_in} channels: files are opened in colour (3) or in grey (1); for others {instead}")
     return open_rgb if n_in==3 else open_gray
 
-# %% ../nbs/00_data.ipynb #62f85fe6
+# %% ../nbs/00_data.ipynb #fc2862fd
 _tops = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}
 
 def _to_image(
@@ -115,7 +119,7 @@ def _to_image(
 )->PILImage|TensorImage: # A Pillow image of 8 bits as it is seen, anything else as floats in [0,1] of shape (C,H,W)
     "An image as something the transforms of fastai know"
     if isinstance(o, Image.Image):
-        im = _unpacked(ImageOps.exif_transpose(o), _top(o), ifnone(fn, o))           # a copy: of a file that is not loaded yet, fastai would make an image without pixels
+        im = _unpacked(ImageOps.exif_transpose(o), _top(o), ifnone(fn, o))    # a copy: from a file that is not loaded yet, fastai makes an image without pixels
         return PILImage(im) if isinstance(im, Image.Image) else im
     if isinstance(o, np.ndarray): o = np.require(o, o.dtype.newbyteorder('='), 'CW')
     t = torch.as_tensor(o)
@@ -129,9 +133,9 @@ def _to_image(
     return TensorImage(t.float())
 
 def read_image(
-    o:str|Path|bytes|np.ndarray|Tensor|Image.Image, # A file, the bytes of one, an array (H,W[,C]), a tensor (C,H,W), or a Pillow image
+    o:str|Path|bytes|np.ndarray|Tensor|Image.Image, # A file or its bytes, an array (H,W[,C]), a tensor (C,H,W), a Pillow image
     open_fn:Callable=open_rgb # File to Pillow image, array or tensor
-)->PILImage|TensorImage: # With `open_rgb` or `open_gray` a Pillow image of three channels or one; else what `open_fn` gives, of more than 8 bits as floats in [0,1]
+)->PILImage|TensorImage: # Pillow image of 8 bits; with an `open_fn` of yours, what it gives as such an image or as floats in [0,1]
     "An image of any kind"
     ours = getattr(open_fn, 'func', open_fn)
     mode = 'RGB' if ours is open_rgb else 'L' if ours is open_gray else None
@@ -145,7 +149,7 @@ def open_image(
     o:str|Path|bytes|np.ndarray|Tensor|Image.Image, # What `read_image` takes
     open_fn:Callable=open_rgb # File to Pillow image, array or tensor
 )->PILImage: # Of one or three channels of 8 bits
-    "A Pillow image from an image of any kind; `Unreadable`, a `ValueError` that names the file, where it cannot be read"
+    "A Pillow image from an image of any kind; `Unreadable`, which names the file, where it cannot be read"
     try: im = read_image(o, open_fn)
     except Exception as e:
         if not isinstance(o, (str,Path,bytes)): raise
@@ -157,7 +161,7 @@ def try_images(
     items:list, # What `f` takes
     f:Callable=open_image # Opens one
 ): # Gives pairs of an item and what `f` gave
-    "Open images one by one, without those whose files cannot be read, which warnings name; a `ValueError` where none is left"
+    "Open images one by one; warnings name files that cannot be read, which are left out; a `ValueError` if none is left"
     good,bad,error = 0,0,None
     for o in items:
         try: im = f(o)
@@ -538,10 +542,11 @@ def as_in_validation(
 def _no_chance(dl):
     for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
 
-# %% ../nbs/00_data.ipynb #5b0d6906
+# %% ../nbs/00_data.ipynb #991fee68
 class _Open(Transform):
     "A file, or an image of any kind, to an image of the loader's"
-    def __init__(self, open_fn): self.open_fn,self.input_types = open_fn,(str,Path,bytes,np.ndarray,Tensor,Image.Image)          # what fastai's test_dl takes
+    input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # what fastai's `test_dl` takes
+    def __init__(self, open_fn): self.open_fn = open_fn
     def encodes(self, o): return read_image(o, self.open_fn)
 
 def takes_any_file(
@@ -584,36 +589,38 @@ def _read_dl(ds, size, bs, **kwargs): return ReadableDL(ds, bs, after_item=[Squa
 
 def _n_workers(): return min(16, max(1, defaults.cpus//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-_no_data,_or_open_fn = {'__MACOSX','@eaDir','$RECYCLE.BIN','System Volume Information','lost+found','__pycache__'},", or an open_fn for files of another kind"
-_not_read = {'.svg','.svgz','.heic','.heif','.hif','.avif','.jxl','.jp2','.webp','.eps','.ps','.ai','.wmf','.emf','.exr','.hdr','.dcm',
-             '.dng','.cr2','.cr3','.nef','.arw','.orf','.rw2','.raf'}         # images too, which Pillow reads with a plugin or not at all
+_skipped = {'__MACOSX','@eaDir','$RECYCLE.BIN','System Volume Information','lost+found','__pycache__'}         # folders of other programs
+_not_read = {'.svg','.svgz','.heic','.heif','.hif','.avif','.jxl','.jp2','.webp','.eps','.ps','.ai','.wmf','.emf','.exr',
+             '.hdr','.dcm','.dng','.cr2','.cr3','.nef','.arw','.orf','.rw2','.raf'}                           # images that Pillow may not read
+_or_open_fn = ", or an open_fn for files of another kind"
 
 def _walk(path, wanted, seen, recurse=True):
-    "Folder and name of all files below `path` that are wanted and not hidden, in order; each folder once, where links go in circles"
+    "Folder and name of all files below `path` that are wanted and not hidden, in order; each folder once"
     real = os.path.realpath(path)
     if real in seen: return
     seen.add(real)
     try: entries = sorted(os.scandir(path), key=lambda o: o.name)
     except OSError as e: return warnings.warn(f"could not look into {_shown(path)} ({type(e).__name__}): its images are left out")
     for o in entries:
-        if o.name[0]=='.' or o.name in _no_data: continue
+        if o.name[0]=='.' or o.name in _skipped: continue
         try: is_dir = o.is_dir()
         except OSError: is_dir = False                           # links in a circle
         if is_dir: yield from _walk(o.path, wanted, seen) if recurse else ()
         elif wanted(o): yield str(path),o.name
 
 def _warn_few_levels(files):
-    "16-bit files of 10, 12 or 14-bit values have few levels as 8 bits, which the first files show"
-    tops = []
+    "10, 12 or 14-bit values in 16-bit files have few levels as 8 bits: say so where the first files are like that"
+    tops,most = {},Image.MAX_IMAGE_PIXELS or math.inf
     for f in files[:8]:
         try:
             if not _is_regular(f): continue
             with warnings.catch_warnings(action='ignore'), Image.open(f, formats=_formats()) as im:
-                if im.mode[0]=='I' and im.width*im.height<=(Image.MAX_IMAGE_PIXELS or math.inf): tops.append(float(np.asarray(im).max())/_top(im))
-        except Exception: pass                                   # who reads it will name it
-    if tops and 0<max(tops)<.25:
-        warnings.warn(f"{_shown(files[0])} and the {len(tops)-1} 16-bit images beside it have no value above {max(tops)*65535:.0f} of 65535: as 8 bits they keep {int(max(tops)*255)+1} of 256 levels. "
-                      "Scale them by their own range, files in an open_fn that gives floats in [0,1]")
+                if im.mode[0]=='I' and im.width*im.height<=most: tops[f] = float(np.asarray(im).max())/_top(im)
+        except Exception: pass                                   # whoever reads it will name it
+    top = max(tops.values(), default=0)
+    if 0<top<.25:
+        warnings.warn(f"the first {len(tops)} 16-bit images, such as {_shown(first(tops))}, have no value above {top*65535:.0f} of 65535: "
+                      f"as 8 bits they keep {int(top*255)+1} of 256 levels. Scale them by their own range, in an open_fn that gives floats in [0,1]")
 
 def list_images(
     path:str|Path, # A folder
@@ -628,8 +635,10 @@ def list_images(
         if ext in _not_read: other[ext].append(o.path)
         return False
     files = Paths(_walk(str(path), wanted, set(), recurse))
-    if other: warnings.warn(f"{sum(map(len, other.values()))} images of {_shown(path)} are of formats that Pillow does not read here, and are left out: "
-                            f"{', '.join(f'{k} ({len(v)}, such as {_shown(os.path.relpath(v[0], path))})' for k,v in sorted(other.items()))}. Convert them, or install a plugin of Pillow, and register it")
+    if other:
+        named = ', '.join(f"{k} ({len(v)}, such as {_shown(os.path.relpath(v[0], path))})" for k,v in sorted(other.items()))
+        warnings.warn(f"{sum(map(len, other.values()))} images of {_shown(path)} are of formats that Pillow does not read here, "
+                      f"and are left out: {named}. Convert them, or install and register a plugin of Pillow")
     return files
 
 def find_images(
@@ -772,17 +781,19 @@ class _ByClass:
     def __init__(self, class_of, valid_pct, seed): self.class_of,self.valid_pct,self.seed = class_of,valid_pct,seed
     def __call__(self, items): return tuple(L(o.tolist()) for o in stratified_split([self.class_of(f) for f in items], self.valid_pct, self.seed))
 
-# %% ../nbs/00_data.ipynb #ea981bc1
+# %% ../nbs/00_data.ipynb #f702dfe1
 _parts = dict(train=('train','training'), test=('test','testing'), valid=('val','valid','validation','dev','eval','evaluation'))
 
 def _part(name): return first(k for k,names in _parts.items() if name.lower() in names)
 
 class _ClassOf(Transform):
-    "The folder below one of `roots` that a file lies in; no function, which fastai would wrap in one that cannot be pickled"
-    def __init__(self, roots): self.roots,self.input_types = roots,(str,Path)
+    "The folder below one of `roots` that a file lies in; not a function, which fastai wraps in one that cannot be pickled"
+    input_types = (str,Path)
+    def __init__(self, roots): self.roots = roots
     def encodes(self, f:str|Path):
         root = first(r for r in self.roots if Path(f).is_relative_to(r))
-        if root is None: raise ValueError(f"{_shown(f)} is not in {' or '.join(map(str, self.roots))}, where its folder would be its class")
+        if root is None:
+            raise ValueError(f"{_shown(f)} is not in {' or '.join(map(str, self.roots))}, where its folder would be its class")
         return Path(f).relative_to(root).parts[0]
 
 class ToUnit(IntToFloatTensor):
@@ -808,26 +819,32 @@ def class_files(
 )->tuple: # Folders of class folders, one or two; the files in each, L; and the names of the classes, sorted
     "Labelled files: the one rule for which folders are classes, and which are parts of the data set"
     path = Path(path)
-    if not path.is_dir(): raise ValueError(f"{_shown(path)} is no folder: pass one with train/ and test/ of class folders, or with class folders")
-    below,n = defaultdict(lambda: defaultdict(list)),len(path.parts)           # top folder -> folder in it, or None -> files
+    if not path.is_dir():
+        raise ValueError(f"{_shown(path)} is no folder: pass one with train/ and test/ of class folders, or with class folders")
+    tree,n = defaultdict(lambda: defaultdict(list)),len(path.parts)            # a folder's name -> name of a folder in it, or None -> files
     for f in list_images(path, any_kind):
         p = f.parts[n:]
-        if len(p)>1: below[p[0]][p[1] if len(p)>2 else None].append(f)
-    deep  = {d: {c:fs for c,fs in below[d].items() if c is not None} for d in below}
-    named = {k: [d for d in deep if _part(d)==k and deep[d]] for k in _parts}  # parts with class folders in them
-    for ds in named.values():
+        if len(p)>1: tree[p[0]][p[1] if len(p)>2 else None].append(f)
+    inner = {d: {c:fs for c,fs in sub.items() if c is not None} for d,sub in tree.items()}
+    parts = {k: [d for d in inner if _part(d)==k and inner[d]] for k in _parts}            # those with class folders in them
+    for ds in parts.values():
         if len(ds)>1: raise ValueError(f"{path} has both {ds[0]} and {ds[1]}: put their images into one of them")
-    train,test,others = named['train'],named['test'] or named['valid'],[d for d in deep if not _part(d)]
-    if train and not test and others and len(deep[train[0]])>1:
-        raise ValueError(f"{path} has class folders in {train[0]}, and {others[0]} beside it: pass {path/train[0]}, or name a folder of the same classes test")
-    if train and (test or not others): trees = {d: deep[d] for d in train+test}
-    elif deep and not others: raise ValueError(f"{path} has {' and '.join(deep)}, but no class folders in a folder train: put the images of each class into a folder of its own, in {path/'train'} and {path/'test'}")
-    else: trees = {'': {d: sum(fs.values(), []) for d,fs in below.items()}}
-    (top,first_),(last,tree) = (list(trees.items())[i] for i in (0,-1))
-    if lost := set(tree)-set(first_): raise ValueError(f"{path/last} has the class {min(lost)!r}, which {path/top} has not: both need the same class folders")
-    if len(first_)<2:
-        raise ValueError(f"{path} has {len(first_)} class folders with images: put the images of each class into a folder of its own, in {path} or in {path}/train and {path}/test")
-    return [path/d for d in trees],[L(sum(t.values(), [])).sorted() for t in trees.values()],sorted(first_)
+    train,test,others = parts['train'],parts['test'] or parts['valid'],[d for d in tree if not _part(d)]
+    if train and not test and others and len(inner[train[0]])>1:
+        raise ValueError(f"{path} has class folders in {train[0]}, and {others[0]} beside it: pass {path/train[0]}, "
+                         "or call a folder of the same classes test")
+    if train and (test or not others): classes = {d: inner[d] for d in train+test}         # part -> class -> files
+    elif tree and not others:
+        raise ValueError(f"{path} has {' and '.join(tree)}, but no class folders in a folder train: put the images of each class "
+                         f"into a folder of its own, in {path/'train'} and {path/'test'}")
+    else: classes = {'': {d: list(itertools.chain(*sub.values())) for d,sub in tree.items()}}
+    a,b = (list(classes)[i] for i in (0,-1))
+    if lost := set(classes[b])-set(classes[a]):
+        raise ValueError(f"{path/b} has the class {min(lost)!r}, which {path/a} has not: both need the same class folders")
+    if len(classes[a])<2:
+        raise ValueError(f"{path} has {len(classes[a])} class folders with images: put the images of each class into a folder "
+                         f"of its own, in {path} or in {path}/train and {path}/test")
+    return [path/d for d in classes],[L(itertools.chain(*o.values())).sorted() for o in classes.values()],sorted(classes[a])
 
 def labelled_dls(
     path:str|Path, # Folder with train/ and test/ or val/ of class folders, or with class folders; see `class_files`
@@ -849,8 +866,10 @@ def labelled_dls(
     items = sum(files, L())
     if not takes_any_file(open_fn): _warn_few_levels(items)
     xs,ys = [_Open(open_fn)],[_ClassOf(roots),Categorize(vocab=classes)]
-    dsets = Datasets(tls=[TfmdLists(items, t, splits=splitter(items), do_setup=t is ys, types=[t[0].input_types]) for t in (xs,ys)])      # setup would open the first file, which may be a bad one
-    dls   = dsets.dataloaders(path=Path('.'), bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor], after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
+    split = splitter(items)
+    dsets = Datasets(tls=[TfmdLists(items, t, splits=split, do_setup=t is ys, types=[t[0].input_types]) for t in (xs,ys)])       # setup opens the first file, which may be a bad one
+    dls   = dsets.dataloaders(path=Path('.'), bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor],
+                              after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
     for dl in dls: dl.dataset.replace = True
     return dls
 

@@ -216,7 +216,7 @@ def make_copies(
         for im,fn in zip(copies[name], fns): im.save(fn)
     return files
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #ac7a0d64
+# %% ../../nbs/15_evaluation.copydetection.ipynb #e3acbc2c
 def _searcher(model, whiten_on, uncentred, **kwargs):
     "Images to features, whitened where there are images to learn that from"
     get = partial(copy_features, model, l2=False, **kwargs)
@@ -224,8 +224,9 @@ def _searcher(model, whiten_on, uncentred, **kwargs):
     return lambda images: w(get(images))
 
 def _readable(images, open_fn):
-    "The files of a folder that can be read; a list, or a DataLoader, as it is"
-    return [o for o,_ in try_images(image_files(images, open_fn), partial(open_image, open_fn=open_fn))] if isinstance(images, (str,Path)) else images
+    "The files of a folder that can be read; anything else as it is"
+    if not isinstance(images, (str,Path)): return images
+    return [o for o,_ in try_images(image_files(images, open_fn), partial(open_image, open_fn=open_fn))]
 
 def _db_feats(get, originals, distractors): return torch.cat([get(originals)] + ([] if distractors is None else [get(distractors)]))
 
@@ -244,7 +245,7 @@ def copy_detection(
 )->pd.DataFrame: # mAP in percent: a row an attack, and their mean
     "Attack images, and measure how well a model finds the originals"
     open_fn = opener(channels_of(encoder_of(model)), open_fn, "there are no attacks")
-    images,distractors,whiten_on = (o if o is None else _readable(o, open_fn) for o in (images,distractors,whiten_on))
+    images,distractors,whiten_on = (_readable(o, open_fn) for o in (images,distractors,whiten_on))
     copies = make_copies(images, attacks, seed, open_fn=open_fn)
     get = _searcher(model, whiten_on, uncentred, open_fn=open_fn, **kwargs)
     db  = _db_feats(get, images, distractors)
@@ -252,7 +253,7 @@ def copy_detection(
     rows = {name: 100*copy_scores(get(o), db, range(len(images)), k).mean().item() for name,o in copies.items()}
     return pd.DataFrame({'mAP': rows | {'mean': np.mean(list(rows.values()))}}).rename_axis('attack')
 
-# %% ../../nbs/15_evaluation.copydetection.ipynb #8242194b
+# %% ../../nbs/15_evaluation.copydetection.ipynb #8bc39013
 def _block(originals, files):
     at = {o.name[:4]:i for i,o in enumerate(originals)}
     lost = [o for o in files if o.name[:4] not in at]
@@ -286,6 +287,8 @@ def copydays_accuracy(
 )->pd.DataFrame: # mAP in percent and number of copies, a row a block
     "How well a model finds the originals of Copydays"
     originals,blocks = read_copydays(path)
+    open_fn = opener(channels_of(encoder_of(model)), kwargs.get('open_fn'), "there are no images of this benchmark")
+    distractors,whiten_on = (_readable(o, open_fn) for o in (distractors,whiten_on))
     get  = _searcher(model, whiten_on, uncentred, **kwargs)
     db   = _db_feats(get, originals, distractors)
     rows = {name: (100*copy_scores(get(files), db, right, k).mean().item(), len(files)) for name,(files,right) in blocks.items()}
