@@ -6,7 +6,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 bin_ = Path(sys.executable).parent
-nbs  = sorted((root/'nbs').glob('[0-9]*.ipynb'))
+nbs  = sorted((root/'nbs').rglob('[0-9]*.ipynb'))
 
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
