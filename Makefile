@@ -54,7 +54,7 @@ notebooks: .venv/dev
 	$(BIN)/nbdev-export
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --save
 	$(ONE) $(BIN)/nbdev-test examples --save
-	$(BIN)/python tools/nbtext.py tidy nbs/*.ipynb examples/*.ipynb
+	$(BIN)/python tools/nbtext.py tidy nbs/*.ipynb nbs/*/*.ipynb examples/*.ipynb
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-clean --fname examples
 	$(BIN)/python tools/readme.py

@@ -31,7 +31,8 @@ def notebooks(): return [docs.load(f) for f in docs.files() if f.suffix=='.ipynb
 def page_of(nb): return str(Path(nb.path).with_suffix('.html'))
 
 def test_every_notebook_is_on_the_site_and_in_one_group(pages, notebooks):
-    listed = [p for g in docs.nav(notebooks) for ps in g.values() for p in ps]
+    def paths(o): return [o] if isinstance(o, str) else [p for x in (o.values() if isinstance(o, dict) else o) for p in paths(x)]
+    listed = paths(docs.nav(notebooks))
     assert sorted(listed)==sorted(nb.path for nb in notebooks) and len(listed)==len(set(listed))>25
     assert {page_of(nb) for nb in notebooks}|{'benchmarks.html'} <= pages.keys()
 
@@ -41,7 +42,7 @@ def test_every_exported_name_has_its_entry(pages, notebooks):
         own = [n for n in nb.mod.__all__ if getattr(getattr(nb.mod, n), '__module__', nb.mod.__name__)==nb.mod.__name__]
         assert set(own) <= set(nb.symbols), nb.path
         for name in nb.symbols:
-            head,o = pages[page_of(nb)].find(id=name.lower()),attrgetter(name)(nb.mod)
+            head,o = pages[page_of(nb)].find(id=docs.anchor(name)),attrgetter(name)(nb.mod)
             assert head is not None and head.name=='h3' and head.code.text==name, f'{nb.path}: {name}'
             if inspect.isfunction(o): assert head.find_next_sibling().code.text.startswith(name.split('.')[-1]+'('), name
 
@@ -49,19 +50,19 @@ def test_an_entry_says_what_the_code_says(pages):
     def table(page, name):
         rows = pages[page].find(id=name).find_next('table').find_all('tr')
         return [[c.text for c in r.find_all(['th','td'])] for r in rows]
-    rows = table('objectives.html', 'dino_loss')
+    rows = table('api/objectives.html', 'dino_loss')
     assert rows[0]==['Name','Type','Default','Details']
     assert [r[0] for r in rows[1:]]==['student','teacher','center','tps','tpt','large_crop_ids','Returns']
     assert rows[4]==['tps','float','0.1','Student temperature'] and rows[-1][1]=='Tensor'
-    patched = table('vision.dino.html', 'learner.fit_dino')
+    patched = table('api/vision.dino.html', 'learner.fit_dino')
     assert [r[0] for r in patched[1:]]==['n_epoch','lr','lr_min','warmup_epochs','wd','scale_lr','start_epoch','cbs']
     assert patched[2][1]=='float | None'
 
 def test_names_in_prose_lead_to_their_entries(pages):
     def href(page, text): return {a['href'] for a in pages[page].article.find_all('a') if a.text==text}
-    assert href('index.html', 'dino_loss')=={'objectives.html#dino_loss'}
-    assert 'augmentations.html#get_dino_aug_pipelines' in href('vision.dino.html', 'get_dino_aug_pipelines')
-    assert href('index.html', 'several processes')=={'distributed.html'}
+    assert href('index.html', 'dino_loss')=={'api/objectives.html#dino_loss'}
+    assert 'augmentations.html#get_dino_aug_pipelines' in href('api/vision.dino.html', 'get_dino_aug_pipelines')
+    assert href('index.html', 'several processes')=={'api/distributed.html'}
     assert href('index.html', 'Learner')=={'https://docs.fast.ai/learner.html#learner'}
 
 def test_an_entry_leads_to_the_repository(monkeypatch, notebooks):
@@ -88,8 +89,8 @@ def broken(pages, site, names=None):
 def test_no_link_is_broken(pages, site): assert list(broken(pages, site))==[]
 
 def test_a_broken_link_is_found(pages, site):
-    bad = bs4.BeautifulSoup('<a href="objectives.html#nothing">a</a><img src="img/none.png"><a href="objectives.html#dino_loss">b</a>', 'html.parser')
-    assert [to for _,to in broken(pages|{'bad.html': bad}, site, ['bad.html'])]==['objectives.html#nothing','img/none.png']
+    bad = bs4.BeautifulSoup('<a href="api/objectives.html#nothing">a</a><img src="img/none.png"><a href="api/objectives.html#dino_loss">b</a>', 'html.parser')
+    assert [to for _,to in broken(pages|{'bad.html': bad}, site, ['bad.html'])]==['api/objectives.html#nothing','img/none.png']
 
 RAW = re.compile(r':::|^#\||```|\*\*\w|\]\(|<style|\{ ?[.#]\w|\$[^$\n]*[\\_^{][^$\n]*\$|^(?:[-*]|\d+\.) \w', re.M)
 
@@ -131,13 +132,13 @@ def test_directives_and_callouts(tmp_path):
     file = root/'nbs'/'guides'/'a.ipynb'
     nb = docs.NBProcessor(nb=new_nb(cells), procs=docs.PROCS, process=True).nb
     page = SimpleNamespace(file=file, path='guides/a.md', mod=None, cells=nb.cells, symbols=[])
-    other = SimpleNamespace(file=root/'nbs'/'04_objectives.ipynb', path='objectives.md', mod=None, cells=[], symbols=['dino_loss'])
+    other = SimpleNamespace(file=root/'nbs'/'api'/'04_objectives.ipynb', path='api/objectives.md', mod=None, cells=[], symbols=['dino_loss'])
     md = docs.markdown(page, docs.Links([page,other]), tmp_path)
-    assert '!!! note\n\n    See [`dino_loss`](../objectives.md#dino_loss).' in md
+    assert '!!! note\n\n    See [`dino_loss`](../api/objectives.md#dino_loss).' in md
     assert 'hidden' not in md and 'silent' not in md and 'shown' not in md and 'x = 1' in md and md.count('printed')==2
 
 def test_search_finds_what_is_there(site):
-    found = [i for i in json.loads((site/'search.json').read_text())['items'] if i['location']=='objectives.html#dino_loss']
+    found = [i for i in json.loads((site/'search.json').read_text())['items'] if i['location']=='api/objectives.html#dino_loss']
     assert found and 'Cross-entropy' in found[0]['text']
 
 # In a browser
@@ -191,7 +192,7 @@ def look(page):
     if page.evaluate('document.documentElement.scrollWidth > innerWidth'): res.append('the page scrolls sideways')
     return res
 
-MAIN = 'index.html','objectives.html','vision.dino.html','evaluation.linear.html','cli.html','benchmarks.html'
+MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.html','benchmarks.html'
 
 @pytest.mark.parametrize('size,names', [(WIDE,MAIN), (PHONE,None)], ids=['wide','phone'])
 def test_pages_in_a_browser(browser, url, pages, size, names):

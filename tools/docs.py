@@ -6,12 +6,12 @@
 Each notebook becomes a page of Markdown, where an exported cell is shown as the API entries of its public symbols with its source to
 unfold; zensical makes the site of the pages. What decides about a cell, directives and hiding, are nbdev's own processors.
 """
-import ast, base64, importlib, inspect, json, os, re, shutil, subprocess, sys, tarfile, tempfile, textwrap
+import ast, base64, functools, importlib, inspect, json, os, re, shutil, subprocess, sys, tarfile, tempfile, textwrap
 from configparser import ConfigParser
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from fastcore.docments import DocmentText, docstring
+from fastcore.docments import DocmentText, docments, docstring
 from fastcore.foundation import L
 from fastcore.nbio import mk_cell
 from nbdev.config import get_config, nbpath2html
@@ -26,14 +26,22 @@ PROCS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hi
 
 # API entries
 
+def documented(f, src):
+    "Whether a method has a docstring, or a comment on one of its parameters"
+    lines = src.splitlines()[f.lineno-1:f.body[0].lineno]
+    return bool(ast.get_docstring(f)) or len(lines)>1 and any(re.match(r'\s+\w+.*,? # \S', l) for l in lines)
+
 def symbols(src, mod):
-    "What an exported cell defines and has an entry: public functions and classes, patched methods, other names of `__all__`, methods with a docstring"
+    "Names that an exported cell defines and that have an entry: public functions, classes and their documented methods, patched methods, other names of `__all__`"
     def public(names): return [n for n in names if not n.startswith('_')]
     for o in ast.parse(src).body:
         if isinstance(o, ast.Assign): yield from (t.id for t in o.targets if isinstance(t, ast.Name) and t.id in mod.__all__)
         if isinstance(o, (ast.FunctionDef,ast.ClassDef)): yield from public(L(showdoc_nm(o)))
         if isinstance(o, ast.ClassDef) and public([o.name]):
-            yield from (f'{o.name}.{m}' for m in public(f.name for f in o.body if isinstance(f, ast.FunctionDef) and ast.get_docstring(f)))
+            methods = [f for f in o.body if isinstance(f, ast.FunctionDef) and documented(f, src)]
+            yield from (f'{o.name}.{m}' for m in public(f.name for f in methods) + ['__call__' for f in methods if f.name=='__call__'])
+
+def anchor(name): return name.lower().replace('__', '')          # Markdown reads two underscores as bold
 
 def short(t):
     "A type without its modules, but `nn.Module`, as fastai has a `Module` too; a function in place of a type by its name"
@@ -42,7 +50,6 @@ def short(t):
 
 def anno(p):    return '' if (a := p.get('anno', inspect._empty)) is inspect._empty else short(inspect.formatannotation(a))
 def default(p): return '' if (d := p.get('default', inspect._empty)) is inspect._empty else getattr(d, '__name__', None) or repr(d)
-def details(p): return re.sub(r'\s+', ' ', p.get('docment') or '').replace('|', r'\|')
 
 def signature(name, o):
     "How `o` is called, on one line if it fits"
@@ -52,14 +59,30 @@ def signature(name, o):
     line = f"{name}({', '.join(ps)}){ret}"
     return line if len(line)<80 else f'{name}(\n' + ''.join(f'    {p},\n' for p in ps) + f'){ret}'
 
+def delegate(o):
+    "The function whose keyword arguments `o` takes as its own, by `@delegates`; None for others"
+    f = inspect.unwrap(o.__init__ if inspect.isclass(o) else o)
+    try: src = inspect.getsource(f)
+    except (OSError,TypeError): return None
+    m = re.match(r'\s*@delegates\(([\w.]+)', src)
+    if not m: return None
+    to = attrgetter(m[1])(sys.modules[f.__module__])
+    return to.__init__ if inspect.isclass(to) else to
+
+def comments(o):
+    "Parameter comments of `o`, with those of the function that it delegates to"
+    res = {n: re.sub(r'\s+', ' ', d or '').replace('|', r'\|') for n,d in docments(o, args_kwargs=True).items()}
+    to = delegate(o)
+    return res if to is None else {n:d for n,d in comments(to).items() if d and not (n in res and res[n])} | {n:d for n,d in res.items() if d}
+
 def parameters(o):
-    "The table of the parameters of `o` and of what it returns; empty where nothing is said of them"
+    "The table of the parameters of `o` and of the value that it returns; empty where none is documented"
     def row(*cells): return f"| {' | '.join(cells)} |"
     def code(s): return f'`{s}`' if s else ''
-    dm = DocmentText(o).dm
-    if not any(anno(p) or details(p) for p in dm.values()): return ''
-    rows = [row('**Returns**' if n=='return' else code(n), code(anno(p)), code(default(p)), details(p))
-            for n,p in dm.items() if n!='return' or anno(p) or details(p)]
+    dm,said = DocmentText(o).dm,comments(o)
+    names = [n for n in dm if n!='self' and (n!='return' or anno(dm[n]) or said.get(n))]
+    if not any(anno(dm[n]) or said.get(n) for n in names): return ''
+    rows = [row('**Returns**' if n=='return' else code(n), code(anno(dm[n])), code(default(dm[n])), said.get(n, '')) for n in names]
     return '\n'.join(['<div class="parameters" markdown>', '', row('Name','Type','Default','Details'), row(*['---']*4), *rows, '', '</div>'])
 
 def source_url(o):
@@ -68,10 +91,23 @@ def source_url(o):
     if not cfg.git_url: return ''
     return f"{cfg.git_url}/blob/{cfg.branch}/{Path(inspect.getsourcefile(o)).relative_to(root).as_posix()}#L{inspect.getsourcelines(o)[1]}"
 
+def choices(d):
+    "The keys of a dictionary of choices, each with its value or the first line of its docstring"
+    def named(v):
+        if isinstance(v, functools.partial): return f"{v.func.__name__}({', '.join([*map(named, v.args), *(f'{k}={named(x)}' for k,x in v.keywords.items())])})"
+        return getattr(v, '__name__', None) or str(v)
+    def cell(v):
+        if isinstance(v, dict): return ', '.join(f'`{k}={named(x)}`' for k,x in v.items())
+        doc = v.__doc__ if inspect.isfunction(v) or inspect.isclass(v) else None
+        return doc.strip().splitlines()[0] if doc else f'`{named(v)}`'
+    rows = [f"| `{k}` | {re.sub(r'[|]', chr(92)+'|', cell(v))} |" for k,v in d.items()]
+    return '\n'.join(['| Key | Value |','|---|---|', *rows])
+
 def entry(name, mod):
     "Heading, signature, docstring and parameters of one symbol"
-    o,res = attrgetter(name)(mod),[f'### `{name}` {{ #{name.lower()} .entry }}']
+    o,res = attrgetter(name)(mod),[f'### `{name}` {{ #{anchor(name)} .entry }}']
     f = o.fget if isinstance(o, property) else o
+    if isinstance(o, dict) and o: return '\n\n'.join([*res, choices(o)])
     if callable(f):
         if url := source_url(f): res.append(f'[source]({url}){{ .source }}')
         if f is o: res.append(f"```python\n{signature(name.split('.')[-1], o)}\n```")
@@ -81,26 +117,27 @@ def entry(name, mod):
 # Links
 
 _text = re.compile(r"""(?P<keep> ^```.*?^```$ | ^\ {4}[^\n]*$ | ^\#[^\n]*$ | ^\|\ `[^`]*` | \[[^\]]*(?=\]\() | \$[^$\n]+\$ )
-                     | \]\((?P<file>[\w./-]+)(?P<hash>\#[^)]+)?\) | `(?P<name>[^`\s]+?)(?:\(\))?` | `[^`\n]+`""", re.X|re.M|re.S)
+                     | \]\((?P<file>[\w./-]+)(?P<hash>\#[^)]+)?\) | `(?P<name>[^`\s]+?)(?P<call>\(\))?` | `[^`\n]+`""", re.X|re.M|re.S)
 
 class Links:
     "Where on the site the notebooks' files and names are, and which files have to be copied there"
     def __init__(self, pages):
         self.to     = {p.file:p.path for p in pages}
-        self.own    = {p.path: {s: f'{p.path}#{s.lower()}' for s in p.symbols} for p in pages}
+        self.own    = {p.path: {s: f'{p.path}#{anchor(s)}' for s in p.symbols} for p in pages}
         self.all    = {s:to for own in reversed(self.own.values()) for s,to in own.items()}
         self.fastai = NbdevLookup(strip_libs=('fastai','fastcore'), incl_libs=('fastai','fastcore'))
         self.files  = {}
 
     def __call__(self, md, page):
-        "`md`, a text of `page`, with links to pages in place of those to files, and names in backticks linked to their entries"
+        """`md`, a text of `page`, with links to pages in place of those to files, and names in backticks linked to their entries.
+        A lower-case word such as `docs` is linked to another library only where it is written as a call"""
         def relative(to): return to if ':' in to else os.path.relpath(to, Path(page.path).parent)
         def link(m):
             if m['file']:
                 file = (page.file.parent/m['file']).resolve()
                 if file not in self.to: self.to[file] = self.files[file] = file.name
                 return f"]({relative(self.to[file])}{m['hash'] or ''})"
-            to = m['name'] and (self.own[page.path].get(m['name']) or self.all.get(m['name']) or self.fastai.doc(m['name']))
+            to = m['name'] and (self.own[page.path].get(m['name']) or self.all.get(m['name']) or not (m['call'] is None and m['name'].islower() and m['name'].isalpha()) and self.fastai.doc(m['name']))
             return f'[{m[0]}]({relative(to)})' if to else m[0]
         return _text.sub(link, md)
 
@@ -109,7 +146,8 @@ class Links:
 def load(file):
     "A page: its file and path on the site, its module and symbols, and its cells as nbdev's processors leave them"
     if file.suffix=='.md':
-        return SimpleNamespace(file=file, path='benchmarks.md', mod=None, symbols=[], cells=[mk_cell(file.read_text(encoding='utf-8'), 'markdown')])
+        path = 'benchmarks.md' if file.name=='results.md' else file.name.lower()
+        return SimpleNamespace(file=file, path=path, mod=None, symbols=[], cells=[mk_cell(file.read_text(encoding='utf-8'), 'markdown')])
     nb = NBProcessor(file, procs=PROCS)
     exp = [c.directives_['default_exp'] for c in nb.nb.cells if 'default_exp' in c.directives_]
     mod = importlib.import_module(f'{get_config().lib_path.name}.{exp[0]}') if exp else None
@@ -120,7 +158,8 @@ def load(file):
 
 def exported(c, mod):
     "An exported cell: the entries of its symbols, and its source to unfold; nothing of one that only imports"
-    if all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in ast.parse(c.source).body): return []
+    def shows_nothing(o): return isinstance(o, (ast.Import,ast.ImportFrom)) or isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '')=='_all_'
+    if all(map(shows_nothing, ast.parse(c.source).body)): return []
     src = textwrap.indent(f'```python\n{c.source}\n```', ' '*4)
     return [entry(s, mod) for s in symbols(c.source, mod)] + [f'??? source "Source"\n\n{src}']
 
@@ -148,19 +187,32 @@ def markdown(page, links, docs):
         elif 'export' in d: res += [links(t, page) for t in exported(c, page.mod)]
         elif c.cell_type=='code' and 'default_exp' not in d:
             if d.get('echo')!='false': res.append(f'```python\n{c.source.strip()}\n```')
-            if d.get('output')!='false': res += [result(o, file.parent/'img'/f'{file.stem}-{i}-{j}.png', head) for j,o in enumerate(c.outputs)]
+            if d.get('output')!='false': res += [result(o, file.parent/'img'/f'{file.stem}-{i}-{j}.png', d.get('fig-alt', head)) for j,o in enumerate(c.outputs)]
     return '\n\n'.join(r for r in res if r) + '\n'
 
 # The site
 
+GUIDES = {                                                      # in the order of a user's day; names of files without their numbers
+    'Get started': ['installation','quick_start','how_dino_works','faq'],
+    'Guides':      {'Train':   ['plan_a_run','choose_a_method','troubleshooting','other_images','distributed','experiment_tracking'],
+                    'Use':     ['pretrained_weights','classifier','explore_a_folder','recipes'],
+                    'Migrate': ['migrate','comparison']}}
+LOOK_UP = ['run_directory','hyperparameters','security']         # guides that are reference tables
+MODULES = {'Data and augmentation': (0,1), 'Models': (2,3), 'Losses and schedules': (4,5), 'Features, weights, distributed': (6,9), 'Evaluation': (10,19),
+           'Training utilities': (20,29), 'Methods': (30,39), 'Analysis': (40,49), 'Commands': (50,59)}                # by the numbers of their notebooks
+
 def nav(pages):
-    "The groups of the site; a page without a module is a guide, and so is one that begins with 7 or lies in guides/"
-    def group(p):
-        if p.path in ('index.md','benchmarks.md'): return 'Start' if p.path=='index.md' else 'Benchmarks'
-        if not p.mod or p.file.name[0]=='7' or p.file.parent.name=='guides': return 'Guides'
-        name = p.mod.__name__.split('.', 1)[1]
-        return 'Evaluation' if name.startswith('evaluation.') else 'Command line' if name.startswith('cli') else 'API'
-    groups = {g: [p.path for p in pages if group(p)==g] for g in ('Start','Guides','API','Evaluation','Command line','Benchmarks')}
+    "The groups of the site"
+    def name(p): return p.path.removesuffix('.md').split('/')[-1]
+    def of(folder, names=None):
+        found = {name(p):p.path for p in pages if p.path.startswith(f'{folder}/')}
+        return [found[n] for n in (found if names is None else names) if n in found]
+    def numbered(low, high): return [p.path for p in pages if p.path.startswith('api/') and low<=int(re.match(r'\d+', p.file.name)[0])<=high]
+    groups  = {'Home': [p.path for p in pages if p.path=='index.md'],
+               **{g: of('guides', o) if isinstance(o, list) else [{k:of('guides', v)} for k,v in o.items() if of('guides', v)] for g,o in GUIDES.items()},
+               'Experiments': of('experiments') + [p.path for p in pages if p.path=='benchmarks.md'],
+               'Reference':   [{k:numbered(*v)} for k,v in MODULES.items() if numbered(*v)] + [{'Tables': of('guides', LOOK_UP)}]*bool(of('guides', LOOK_UP)),
+               'Project':     [p.path for p in pages if p.path in ('changelog.md','contributing.md','citation.md') or p.path=='guides/citation.md']}
     return [{g:paths} for g,paths in groups.items() if paths]
 
 def katex(dest):
@@ -184,7 +236,7 @@ def config(pages):
     cfg.read(root/'settings.ini', encoding='utf-8')
     schemes = [('','default','sun-moon','light'), (': light','default','sun','dark'), (': dark','slate','moon',"the system's choice")]
     return dict(site_name=get_config().lib_path.name, site_description=cfg['DEFAULT']['description'], use_directory_urls=False, nav=nav(pages),
-        theme=dict(font=False, features=['content.code.copy','navigation.footer','navigation.tabs','navigation.top','search.highlight','toc.follow'],
+        theme=dict(font=False, features=['content.code.copy','navigation.footer','navigation.indexes','navigation.sections','navigation.tabs','navigation.top','search.highlight','toc.follow'],
                    palette=[dict(media=f'(prefers-color-scheme{m})', scheme=s, toggle=dict(icon=f'lucide/{i}', name=f'Switch to {to}')) for m,s,i,to in schemes]),
         markdown_extensions=['admonition', 'attr_list', 'md_in_html', 'tables', 'pymdownx.details', 'pymdownx.superfences', {'toc': dict(permalink=True, toc_depth=3)},
                              {'pymdownx.arithmatex': dict(generic=True)}, {'pymdownx.highlight': dict(pygments_lang_class=True)}],
@@ -193,7 +245,8 @@ def config(pages):
 def files():
     "The pages of the site in their order"
     nbs = root/'nbs'
-    return [nbs/'index.ipynb', *sorted(nbs.glob('[0-9]*.ipynb')), *sorted((nbs/'guides').glob('[0-9]*.ipynb')), root/'benchmarks'/'results.md']
+    notebooks = [o for d in ('guides','experiments','api') for o in sorted((nbs/d).glob('[0-9]*.ipynb'))]
+    return [nbs/'index.ipynb', *notebooks, root/'benchmarks'/'results.md', root/'CHANGELOG.md', root/'CONTRIBUTING.md']
 
 def build(dest):
     "The site in the folder `dest`"
