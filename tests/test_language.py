@@ -24,7 +24,7 @@ BANNED = {                                                       # pattern: what
     r'\bof yours\b|\bof ours\b|\bone\'s own\b': 'your own, custom',
     r'[,(] say[.,;:)]|\bsay[;)]': 'for example',
     r'\bat hand\b': 'available',
-    r'\bbehind\b': 'after',
+    r'(?<!lags )(?<!lag )\bbehind\b': 'after',
     r'\bin front of\b': 'before',
     r'\bbeside\b': 'next to, compared with, in addition to',
     r'\b(nobody|somebody)\b': 'say who acts',
