@@ -141,6 +141,7 @@ def test_runs_of_other_sizes_stand_beside_each_other(tmp_path, monkeypatch):
     heads = [l.split(':')[0][3:] for l in (tmp_path/'results.md').read_text().splitlines() if l.startswith('## ')]
     test_eq(heads, ['views on cpu, floats=True','step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda, bs=256, precision=bf16'])    # the slowest of ours first
 
+@pytest.mark.slow
 def test_all_in_one_command(tmp_path):
     cmd = [sys.executable, '-m', 'benchmarks', '--out', str(tmp_path)]
     subprocess.run([*cmd, 'ema', 'loss', '--bs=2', '--out-dim', '16', '--arch', 'vit_mini_patch4_16', '--rounds', '1'], check=True, capture_output=True)

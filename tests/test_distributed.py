@@ -42,7 +42,7 @@ with learn.no_bar(), learn.no_logging():
 torch.save(dict(model=learn.model.state_dict(), opt=learn.opt.state_dict(), values=learn.recorder.values, lrs=learn.recorder.lrs, loss=learn.loss_func is noop, dl=type(learn.dls.train).__name__), out/f'{n}.{{rank}}')
 """
 
-@pytest.mark.parametrize('n,acc', [(2,1),(2,2),(3,1),(3,2)])
+@pytest.mark.parametrize('n,acc', [pytest.param(2,1,marks=pytest.mark.slow),(2,2),(3,1),pytest.param(3,2,marks=pytest.mark.slow)])
 def test_processes_train_as_one_with_the_joint_batch(tmp_path, n, acc):
     launch(tmp_path, n, FIT.format(n=n, bs=2, acc=acc))
     launch(tmp_path, 1, FIT.format(n=1, bs=2*n, acc=acc))

@@ -60,10 +60,10 @@ def test_an_entry_says_what_the_code_says(pages):
 
 def test_names_in_prose_lead_to_their_entries(pages):
     def href(page, text): return {a['href'] for a in pages[page].article.find_all('a') if a.text==text}
-    assert href('index.html', 'dino_loss')=={'api/objectives.html#dino_loss'}
+    assert href('guides/explore_a_folder.html', 'near_duplicates')=={'../api/explore.html#near_duplicates'}
     assert 'augmentations.html#get_dino_aug_pipelines' in href('api/vision.dino.html', 'get_dino_aug_pipelines')
-    assert href('index.html', 'several processes')=={'api/distributed.html'}
-    assert href('index.html', 'Learner')=={'https://docs.fast.ai/learner.html#learner'}
+    assert href('index.html', 'distributed training')=={'guides/distributed.html'}
+    assert href('guides/quick_start.html', 'Learner')=={'https://docs.fast.ai/learner.html#learner'}
 
 def test_an_entry_leads_to_the_repository(monkeypatch, notebooks):
     from self_supervised.objectives import dino_loss

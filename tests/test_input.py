@@ -79,7 +79,7 @@ def prepare(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_sup
 
 def tree(d): return {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file()}
 
-@pytest.mark.parametrize('sig', [signal.SIGKILL,signal.SIGINT,signal.SIGTERM])
+@pytest.mark.parametrize('sig', [signal.SIGKILL,pytest.param(signal.SIGINT,marks=pytest.mark.slow),pytest.param(signal.SIGTERM,marks=pytest.mark.slow)])
 def test_dino_prepare_goes_on_where_it_was_stopped(sig, tmp_path, capfd):
     d,out,whole = tmp_path/'d',tmp_path/'out',tmp_path/'whole'
     photo = Image.fromarray(np.random.RandomState(0).randint(0, 255, (30,40,3), dtype=np.uint8)).resize((1500,1125))

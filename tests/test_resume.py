@@ -14,7 +14,7 @@ class StopAfter(Callback):
     def after_epoch(self):
         if self.epoch==self.last: raise KeyboardInterrupt
 
-@pytest.mark.parametrize('precision,shuffle', [('fp32',True),('fp16',True)])
+@pytest.mark.parametrize('precision,shuffle', [('fp32',True),pytest.param('fp16',True,marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, precision, shuffle):
     def make(seed): return digits_learner(seed, n_train=192, arch='vit_mini_patch4_16', precision=precision, drop_path_rate=.2)
     fit = dict(lr=1e-2, warmup_epochs=1)
@@ -88,6 +88,7 @@ def _cut_and_resume(tmp_path, whole, delay, *args, times=1):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory): return digits_path(tmp_path_factory.mktemp('digits'))/'test'
 
+@pytest.mark.slow
 def test_killed_twice_with_workers_that_open_files(tmp_path, folder):
     "Files, two workers: the order of the images and what each view draws go on as well"
     args = ('--path', folder, '--arch', 'convnet_mini', '--size', '16', '--epochs', '6', '--num-workers', '2')
@@ -148,7 +149,7 @@ def test_a_disk_that_fills_up_while_the_encoder_is_written_is_a_sentence(tmp_pat
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith('dino_train: ') and 'encoder.safetensors could not be written' in err and 'make room' in err
 
-@pytest.mark.parametrize('precision', ['fp32','fp16'])
+@pytest.mark.parametrize('precision', ['fp32',pytest.param('fp16',marks=pytest.mark.slow)])
 def test_a_step_that_spans_two_epochs_is_resumed(tmp_path, precision):
     "Five batches an epoch and two a step: gradients, their count and the sum for the centre go on too"
     def make(): return digits_learner(0, n_train=5*64, precision=precision, cbs=[GradientAccumulation(128)])

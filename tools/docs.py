@@ -172,7 +172,7 @@ def result(o, file, alt):
         size = ' '.join(f'{k}={v}' for k,v in o.get('metadata', {}).get('image/png', {}).items())
         return f'![{alt}](img/{file.name}){{ .picture {size} }}'
     if 'text/html' in data: return re.sub(r'<style.*?</style>| border="1" class="dataframe"|\n', '', ''.join(data['text/html']), flags=re.S)
-    return re.sub('^```$', '``` { .text .output }', output(o), count=1, flags=re.M)
+    return re.sub(r'\A```$', '``` { .text .output }', output(o), count=1, flags=re.M)
 
 def callout(m): return f'!!! {m[1]}\n\n' + textwrap.indent(m[2].strip(), ' '*4)
 
@@ -195,7 +195,7 @@ def markdown(page, links, docs):
 GUIDES = {                                                      # in the order of a user's day; names of files without their numbers
     'Get started': ['installation','quick_start','how_dino_works','faq'],
     'Guides':      {'Train':   ['plan_a_run','choose_a_method','troubleshooting','other_images','distributed','experiment_tracking'],
-                    'Use':     ['pretrained_weights','classifier','explore_a_folder','recipes'],
+                    'Use':     ['evaluate','explore_a_folder','pretrained_weights','classifier','recipes'],
                     'Migrate': ['migrate','comparison']}}
 LOOK_UP = ['run_directory','hyperparameters','security']         # guides that are reference tables
 MODULES = {'Data and augmentation': (0,1), 'Models': (2,3), 'Losses and schedules': (4,5), 'Features, weights, distributed': (6,9), 'Evaluation': (10,19),
