@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .encoders import *
 from .features import *
 
-# %% ../nbs/07_checkpoints.ipynb #84a1a305
+# %% ../nbs/07_checkpoints.ipynb #5224b90e
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -73,13 +73,16 @@ def export_encoder(
 def timm_call(
     file:str|Path # What `export_encoder` wrote
 )->str|None: # None where timm does not know the network
-    "The line of Python that loads an exported encoder with timm alone"
+    "The line of Python that loads an exported encoder with timm, and with the module that registers it where it is not one of timm's"
     with safe_open(file, 'pt') as f: meta = {k:json.loads(v) for k,v in (f.metadata() or {}).items() if k in ('args','mean','std')}
     args,mean,std = (meta.get(k) for k in ('args','mean','std'))
     if not args: return None
     call = ', '.join([repr(args['model_name'])] + [f'{k}={v!r}' for k,v in args.items() if k!='model_name'])
     norm = f", pretrained_cfg_overlay=dict(mean={tuple(mean)}, std={tuple(std)})" if mean else ''
-    return f"timm.create_model({call}, checkpoint_path={str(file)!r}{norm})"
+    home,note = timm.models.model_entrypoint(args['model_name']).__module__ if timm.is_model(args['model_name']) else 'timm',''
+    if home=='__main__': home,note = 'timm',f"   # after the code that registers {args['model_name']} with timm"
+    need = '' if home.split('.')[0]=='timm' else f'import {home}; '
+    return f"{need}timm.create_model({call}, checkpoint_path={str(file)!r}{norm}){note}"
 
 _foreign = 'weights of other projects go into an encoder with load_dino_weights(encoder, file)'
 

@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/45_report.ipynb #55d7fa31
+# %% ../nbs/45_report.ipynb #153618eb
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -324,7 +324,7 @@ class _Run:
         except Exception as e: f,call = None,self.remarks.append(f"encoder.safetensors cannot be read ({first_line(e)}).")
         own   = f and not call                                   # a network that timm does not know
         lines = ["from self_supervised.all import *", f"encoder = load_encoder({str(f or self.folder/'checkpoint.pth')!r}{', encoder' if own else ''})" + ("      # given as it was made for the run" if own else '')]
-        return '\n'.join(lines + (['', '# or with timm alone', f'encoder = {call}'] if call else []) + ['', '# in a shell: measure it by another protocol', f'# dino_eval linear --encoder {shlex.quote(str(self.folder))} --data LABELLED'])
+        return '\n'.join(lines + (['', '# or with timm', call.replace('timm.create_model(', 'encoder = timm.create_model(', 1)] if call else []) + ['', '# in a shell: measure it by another protocol', f'# dino_eval linear --encoder {shlex.quote(str(self.folder))} --data LABELLED'])
 
     def _bad_files(self):
         f = self.fresh('bad_files.jsonl')
