@@ -158,7 +158,7 @@ def _plain(o):
     o = o.item() if isinstance(o, np.generic) else o
     return None if isinstance(o, float) and not math.isfinite(o) else o if isinstance(o, (int,float,str,bool,type(None))) else str(o)
 
-# %% ../nbs/51_cli_eval.ipynb #01b816f9
+# %% ../nbs/51_cli_eval.ipynb #ffa0e67c
 def dino_eval(
     protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
     encoder:Annotated[str, {'nargs':'+'}]=None, # Files of export_encoder, checkpoints or folders of runs, timm names, pixels: several stand in one table
@@ -176,7 +176,7 @@ def dino_eval(
     groups:str=None, # knn, linear, lowshot: regular expression of a file name whose (group) must not be on both sides, such as '^(.+?)_' for patient_slice.png
     k:Annotated[int, {'nargs':'+'}]=None, # knn: neighbours (default: 10 20 100 200)
     temperature:float=.07, # knn: temperature
-    n_blocks:Annotated[int, {'nargs':'+'}]=None, # linear: class tokens of so many last blocks; several are tried (default: 1)
+    n_blocks:Annotated[int, {'nargs':'+'}]=None, # linear: features of so many last blocks (class tokens, or what the encoder averages); several are tried (default: 1)
     avgpool:bool=False, # linear: try also with the mean of the patches
     lrs:Annotated[float, {'nargs':'+'}]=None, # linear: learning rates for a batch of 256, all tried (default: .001 to 3)
     valid_pct:float=.1, # linear: part of the training images to choose by; 0 chooses by the test images, as the paper
@@ -207,20 +207,23 @@ def dino_eval(
     here = len(encoders)==1 and Path(encoders[0]).is_dir()
     out  = Path(out or (Path(encoders[0])/f'eval_{protocol}.json' if here else f"eval_{protocol}_{'_'.join(Path(e).stem for e in encoders)}.json"))
     if out.suffix!='.json': raise ValueError(f"--out {out}: pass a name that ends in .json")
-    start,tables = time.time(),{}
+    check_writable(out)
+    if masks_out: check_writable(masks_out, folder=True)
+    start,tables,features = time.time(),{},{}
     for e in encoders:
         set_seed(seed)
         enc = open_encoder(e, pretrained, who, ifnone(n_in, 3)).to(a.device)
+        features[e] = image_feature(enc)
         tables[e] = _protocols[protocol](enc, AttrDict(a, encoder=e, n_in=ifnone(n_in, channels_of(enc))))
     table = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
-    res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
+    res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', features=features, table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
                  settings={o:a[o] for o in _options[protocol]}, versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
     with atomic_path(out) as tmp: tmp.write_text(json.dumps(_plain(res), indent=1, allow_nan=False))
     print(table.to_string())
     print(f"{' '.join(encoders)} on {res['data']}, {res['seconds']} s; the table is in {out}")
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
 
-# %% ../nbs/51_cli_eval.ipynb #14fb5367
+# %% ../nbs/51_cli_eval.ipynb #27cdbbfc
 def dino_attention(
     image:str, # Image file, or a folder of frames for a video
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, or timm name
@@ -242,6 +245,7 @@ def dino_attention(
     n_in = channels_of(enc)
     files = image_files(src) if src.is_dir() else [src]
     out = Path(out or f"{src.stem}_attention.{'gif' if src.is_dir() else 'png'}")
+    check_writable(out)
     def opened(f):
         im = open_image(f, opener(n_in))
         return im.resize([max(size, round(s*size/min(im.size))) for s in im.size], Image.BICUBIC) if size else im

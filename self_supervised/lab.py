@@ -111,7 +111,7 @@ def run_variant(
         out |= {pre+k:v for k,v in measure(learn, dls, who).items()}
     return out
 
-# %% ../nbs/41_lab.ipynb #659e1ae4
+# %% ../nbs/41_lab.ipynb #cb2ebf5b
 def _plain(o): return {k:_plain(v) for k,v in o.items()} if isinstance(o, dict) else [_plain(v) for v in o] if isinstance(o, (tuple,list)) else o if isinstance(o, (int,float,str,type(None))) else getattr(o, '__name__', str(o))
 
 def read_runs(
@@ -134,7 +134,7 @@ def ablate(
 )->pd.DataFrame: # `read_runs(out)`
     "Train and measure each variant with each seed, with the same data and epochs; what is done already is not done again"
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out, folder=True).mkdir(parents=True, exist_ok=True)
     if chosen is None: chosen = baselines | variants
     if data not in data_sets and holdout!='test': raise ValueError(f"holdout={holdout!r} is for the embedded sets: to choose settings on {data}, pass a folder of its own in which the test images are others")
     same  = dict(data=str(data), holdout=holdout, arch=arch, epochs=epochs, bs=bs)

@@ -403,7 +403,7 @@ def _overlaid(runs):
             yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, n)
 
-# %% ../nbs/45_report.ipynb #bcafcdae
+# %% ../nbs/45_report.ipynb #ff3f1823
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -431,6 +431,7 @@ def write_report(
     if not folders: raise ValueError("no runs: pass the folder of a run, or several")
     out = Path(ifnone(out, folders[0]/'report.html' if len(folders)==1 else 'comparison.html'))
     if out.suffix!='.html': raise ValueError(f"{out}: pass a name that ends in .html")
+    check_writable(out)
     if learn is not None:
         if len(folders)>1: raise ValueError(f"{len(folders)} runs, but a learner belongs to one: pass its folder alone")
         if rank_distrib(): return out

@@ -15,7 +15,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/21_runs.ipynb #faa87bc0
+# %% ../nbs/21_runs.ipynb #3211cdf7
 def _plain(o):
     "NumPy's numbers and fastai's tensors as plain ones, so that `torch.load` needs to trust nobody"
     if isinstance(o, dict): return {k:_plain(v) for k,v in o.items()}
@@ -58,6 +58,7 @@ class RunCheckpoint(Callback):
         self.first_epoch,self.state,self.trained,self.damaged = 0,None,False,[]
         if no_fit(self.learn): return
         if not rank_distrib():
+            check_writable(self.folder, folder=True)
             for f in self.folder.glob('.*.[0-9]*.tmp'): f.unlink(missing_ok=True)                  # of a process that was killed while it wrote
         if self.resume: self._load()
 
