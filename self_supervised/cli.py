@@ -70,7 +70,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/api/50_cli.ipynb #9f44a4d7
+# %% ../nbs/api/50_cli.ipynb #09357f65
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -181,6 +181,7 @@ def dino_train(
     size   = 16 if demo else size
     out    = Path(out or ('runs/digits' if demo and arch=='convnet_mini' and method=='dino' else f"runs/{'digits-' if demo else ''}{'' if method=='dino' else method+'-'}{arch}"))
     _check(args, out)
+    check_writable(out, folder=True)
     n_proc,rank = max(1, num_distrib()),rank_distrib()
     if n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
     set_seed(seed)

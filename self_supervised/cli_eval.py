@@ -162,7 +162,7 @@ def device_named(
     if dev.type!='cpu' and (dev.index or 0)>=torch.accelerator.device_count(): raise ValueError(f"--device {name}: this machine has {dev.type}:0 to {dev.type}:{torch.accelerator.device_count()-1}")
     return dev
 
-# %% ../nbs/api/51_cli_eval.ipynb #ddd79247
+# %% ../nbs/api/51_cli_eval.ipynb #2a27f67c
 def dino_eval(
     protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
     encoder:Annotated[str, {'nargs':'+'}]=None, # Files of export_encoder, checkpoints or folders of runs, timm names, pixels: several stand in one table
@@ -181,7 +181,7 @@ def dino_eval(
     groups:str=None, # knn, linear, lowshot: regular expression of a file name whose (group) must not be on both sides, such as '^(.+?)_' for patient_slice.png
     k:Annotated[int, {'nargs':'+'}]=None, # knn: neighbours (default: 10 20 100 200)
     temperature:float=.07, # knn: temperature
-    n_blocks:Annotated[int, {'nargs':'+'}]=None, # linear: class tokens of so many last blocks; several are tried (default: 1)
+    n_blocks:Annotated[int, {'nargs':'+'}]=None, # linear: features of so many last blocks (class tokens, or what the encoder averages); several are tried (default: 1)
     avgpool:bool=False, # linear: try also with the mean of the patches
     lrs:Annotated[float, {'nargs':'+'}]=None, # linear: learning rates for a batch of 256, all tried (default: .001 to 3)
     valid_pct:float=.1, # linear: part of the training images to choose by; 0 chooses by the test images, as the paper
@@ -212,22 +212,25 @@ def dino_eval(
     here = len(encoders)==1 and Path(encoders[0]).is_dir()
     out  = Path(out or (Path(encoders[0])/f'eval_{protocol}.json' if here else f"eval_{protocol}_{'_'.join(Path(e).stem for e in encoders)}.json"))
     if out.suffix!='.json': raise ValueError(f"--out {out}: pass a name that ends in .json")
-    start,tables = time.time(),{}
+    check_writable(out)
+    if masks_out: check_writable(masks_out, folder=True)
+    start,tables,features = time.time(),{},{}
     for e in encoders:
         set_seed(seed)
         enc = open_encoder(e, pretrained, who, ifnone(n_in, 3)).to(a.device)
         n = ifnone(n_in, channels_of(enc))
+        features[e] = image_feature(enc)
         opens = opener(n, named_open_fn(open_fn), 'pass --open-fn' if 'open_fn' in _options[protocol] else f'{protocol} needs tensors, which a script can pass') if data else None
         tables[e] = _protocols[protocol](enc, AttrDict(a, encoder=e, n_in=n, opens=opens))
     table = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
-    res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
+    res   = dict(protocol=protocol, encoder=encoders, data=data or 'the embedded digits', features=features, table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1),
                  settings={o:a[o] for o in _options[protocol]}, versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
     with atomic_path(out) as tmp: tmp.write_text(json.dumps(to_plain(res, other=str), indent=1, allow_nan=False))
     print(table.to_string())
     print(f"{' '.join(encoders)} on {res['data']}, {res['seconds']} s; the table is in {out}")
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
 
-# %% ../nbs/api/51_cli_eval.ipynb #abb5541a
+# %% ../nbs/api/51_cli_eval.ipynb #589809b3
 def dino_attention(
     image:str, # Image file, or a folder of frames for a video
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, or timm name
@@ -249,6 +252,7 @@ def dino_attention(
     n_in = channels_of(enc)
     files = image_files(src) if src.is_dir() else [src]
     out = Path(out or f"{src.stem}_attention.{'gif' if src.is_dir() else 'png'}")
+    check_writable(out)
     def opened(f):
         im = open_image(f, opener(n_in, instead='call show_attention with tensors'))
         return im.resize([max(size, round(s*size/min(im.size))) for s in im.size], Image.BICUBIC) if size else im

@@ -18,7 +18,7 @@ from .checkpoints import *
 from .explore import *
 from .cli_eval import *
 
-# %% ../nbs/api/54_cli_explore.ipynb #70c3db7a
+# %% ../nbs/api/54_cli_explore.ipynb #c77fd65c
 def _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_workers, precision, device, no_progress):
     "`embed` with the options of the command line; broken files are named"
     if encoder is None: raise ValueError("which encoder? Pass --encoder FILE, a folder of a run, a timm name, or pixels")
@@ -50,7 +50,7 @@ def dino_embed(
     no_progress:bool=False # Show no progress bar
 ):
     "Write the features of all images of a folder, with their file names"
-    check_embedding_file(out)                                    # before the work, not behind it
+    check_writable(check_embedding_file(out))                    # before the work, not after it
     df = _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_workers, precision, device, no_progress)
     save_embedding(df, out)
     print(f"{len(df)} images of {folder}, {df.shape[1]} features each: {out}")
@@ -61,7 +61,7 @@ def embed_main():
     "The command `dino_embed`"
     sys.exit(run_command(dino_embed))
 
-# %% ../nbs/api/54_cli_explore.ipynb #ebab7106
+# %% ../nbs/api/54_cli_explore.ipynb #f55458b3
 _page = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
 <style>
@@ -82,7 +82,7 @@ input { font: inherit; width: 12em }
 <p>{{ n }} images, features of {{ encoder }}.{% if bad %} {{ bad|length }} files could not be read.{% endif %}
 <a href="#map">Map</a>, <a href="#clusters">clusters</a>, <a href="#outliers">outliers</a>, <a href="#duplicates">near-duplicates</a>, <a href="#nearest">nearest images</a></p>
 {% macro pic(name, text, kind='') %}<figure class="{{ kind }}" title="{{ name }}"><img src="{{ src(name) }}" alt="{{ name }}"><figcaption>{{ text }}</figcaption></figure>{% endmacro %}
-<h2 id="map">Map</h2><p>t-SNE of {{ map|length }} images; like images lie together. Where there is no room an image is a dot. Point at a picture to see it larger, with its file.</p>
+<h2 id="map">Map</h2><p>t-SNE of {{ map|length }} images; like images lie together. Where there is no room an image is a dot. Point at a picture to see it larger, with its file.{% if one_place %} All images have the same features: they are copies of one another, or the encoder has collapsed.{% endif %}</p>
 <div class="map">{% for o in map %}{% set place = 'left:%.2f%%;top:%.2f%%'|format(o.x*94+3, 97-o.y*94) %}{% if o.shown %}<img src="{{ src(o.image) }}" alt="{{ o.image }}" title="{{ o.image }}" style="{{ place }}">{% else %}<i style="{{ place }}"></i>{% endif %}{% endfor %}</div>
 <h2 id="clusters">Clusters</h2><p>k-means; the most typical images of each. Fill in what each cluster shows, then <button id="save">save labels.csv</button>: every image of a cluster gets its name, and clusters without one are left out.</p>
 {% for c in clusters %}<div class="row"><label>{{ c.cluster }}, {{ c.size }} images: <input data-cluster="{{ c.cluster }}" placeholder="name"></label><br>
@@ -144,7 +144,7 @@ def explore_page(
     near  = nearest_images(feats, queries or [t.image.iloc[0] for _,t in typical], k)
     shown = set(apart(places[['x','y']].to_numpy(), .047))
     return Environment(autoescape=True).from_string(_page).render(
-        title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}), k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn),
+        title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}), k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn), one_place=len(places)>1 and places.x.nunique()==1 and places.y.nunique()==1,
         map=[o|dict(shown=i in shown) for i,o in enumerate(_records(places))], clusters=[dict(cluster=c, size=len(t), typical=_records(t[:k])) for c,t in typical],
         outliers=_records(outliers(feats, k)[:3*k]), n_groups=dups.group.nunique(), duplicates=[_records(t[:k]) for _,t in itertools.islice(dups.groupby('group'), 30)],
         nearest=[(q,_records(t)) for q,t in near.groupby('query', sort=False)], assigned=[list(t.image) for _,t in typical])
@@ -173,6 +173,7 @@ def dino_explore(
     "What a folder of images holds, as one page: nearest images, near-duplicates, outliers, clusters to name, a map"
     out = Path(out)
     if out.suffix!='.html': raise ValueError(f"--out {out}: pass a name that ends in .html")
+    check_writable(out)
     for o,v,low in (('clusters',clusters,1), ('k',k,1), ('n-map',n_map,4), ('seed',seed,0)):
         if v<low: raise ValueError(f"--{o} {v}: pass {low} or more")
     if not -1<=threshold<=1: raise ValueError(f"--threshold {threshold}: pass a cosine similarity, such as .95")

@@ -15,7 +15,7 @@ from .data import *
 from .checkpoints import *
 from .vision.core import *
 
-# %% ../nbs/api/52_cli_prepare.ipynb #08b2b825
+# %% ../nbs/api/52_cli_prepare.ipynb #09824e74
 _jpeg = ('.jpg','.jpeg','.jpe','.jfif')
 
 class _Shrink:
@@ -58,6 +58,7 @@ def prepare_images(
     f,o    = folder.resolve(),out.resolve()
     if o.is_relative_to(f) or f.is_relative_to(o): raise ValueError(f"{out} and {folder} lie in one another: pass another folder for the copies")
     if out.exists() and not out.is_dir(): raise ValueError(f"{out} is a file: pass a folder")
+    check_writable(out, folder=True)
     copies = [out/(p if p.suffix.lower() in ('.png',*_jpeg) else p.with_name(p.name+'.png')) for p in (f.relative_to(folder) for f in files)]
     if twice := {c for c,n in Counter(copies).items() if n>1}: raise ValueError(f"two files of {folder} would become {str(min(twice))!r}: rename one of them")
     _settings(out, dict(size=size, quality=quality))

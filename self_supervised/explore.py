@@ -7,7 +7,7 @@ __all__ = ['embed', 'check_embedding_file', 'save_embedding', 'load_embedding', 
            'near_duplicates', 'show_duplicates', 'outliers', 'show_outliers', 'clusters', 'cluster_names',
            'label_images', 'show_clusters', 'image_map', 'apart', 'show_map']
 
-# %% ../nbs/api/43_explore.ipynb #32bc7978
+# %% ../nbs/api/43_explore.ipynb #4130248b
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from scipy.sparse import coo_matrix
@@ -18,6 +18,7 @@ from .data import *
 from .encoders import *
 from .features import *
 from .checkpoints import *
+from .plots import *
 
 # %% ../nbs/api/43_explore.ipynb #1bb5556a
 class _Squares:
@@ -257,7 +258,7 @@ def show_outliers(
     cells = [(_picture(images, o.image),f'{o.distance:.2f}') for o in table[:n].itertuples()]
     return _rows([cells[i:i+ncols] for i in range(0, len(cells), ncols)], axs)
 
-# %% ../nbs/api/43_explore.ipynb #8a55044d
+# %% ../nbs/api/43_explore.ipynb #be32d2b7
 def clusters(
     feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
     k:int=10, # Clusters
@@ -265,9 +266,13 @@ def clusters(
 )->pd.DataFrame: # Columns image, cluster, from 0, the largest, on, and similarity to its centre; cluster by cluster, the most typical image first
     "Kinds of images by k-means on normalised features; in small batches for more than 20,000 images"
     from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
     names,f = _named(feats)
     if not 1<=k<=len(f): raise ValueError(f"k={k}: pass 1 to {len(f)} clusters, for {len(f)} images")
-    km = (KMeans(k, n_init=5, random_state=seed) if len(f)<=20_000 else MiniBatchKMeans(k, n_init=5, batch_size=4096, random_state=seed)).fit(f.numpy())
+    km = KMeans(k, n_init=5, random_state=seed) if len(f)<=20_000 else MiniBatchKMeans(k, n_init=5, batch_size=4096, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', ConvergenceWarning)      # fewer kinds of features than k: the others stay empty
+        km.fit(f.numpy())
     place = np.argsort(np.argsort(-np.bincount(km.labels_, minlength=k), kind='stable'))
     sim   = (f*F.normalize(torch.from_numpy(km.cluster_centers_).float(), dim=-1)[km.labels_]).sum(1)
     return pd.DataFrame(dict(image=names, cluster=place[km.labels_], similarity=sim.numpy())).sort_values(['cluster','similarity'], ascending=[True,False], kind='stable', ignore_index=True)
@@ -306,7 +311,7 @@ def show_clusters(
     "The most typical images of each cluster, a row each"
     return _rows([[(_picture(images, o),'' if i else f'{c}: {len(t)} images') for i,o in enumerate(t.image[:k])] for c,t in table.groupby('cluster')], axs)
 
-# %% ../nbs/api/43_explore.ipynb #3b527c2c
+# %% ../nbs/api/43_explore.ipynb #39cee825
 def image_map(
     feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
     n_max:int=2000, # Images at most, drawn at random
@@ -314,16 +319,15 @@ def image_map(
 )->pd.DataFrame: # Columns image, x and y, from 0 to 1
     "A place on a plane for each image: PCA, then t-SNE (van der Maaten and Hinton 2008)"
     from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
     names,f = _named(feats)
     i = torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:n_max].sort().values
     f = f[i].numpy()
     if len(f)<4: raise ValueError(f"{len(f)} images make no map: pass 4 or more")
-    if np.ptp(f, 0).max()<1e-6: raise ValueError("all images have the same features, and so no places on a map: the encoder has collapsed")
     if f.shape[1]<2: f = np.pad(f, ((0,0),(0,1)))
-    f  = PCA(min(50, *f.shape), random_state=seed).fit_transform(f)
-    xy = TSNE(perplexity=min(30, (len(f)-1)/3), init='pca', random_state=seed).fit_transform(f)
-    xy = (xy-xy.min(0))/np.ptp(xy, 0).clip(1e-12)
+    with np.errstate(invalid='ignore'): f = PCA(min(50, *f.shape), random_state=seed).fit_transform(f)         # a share of no variance
+    xy = tsne(f, seed)
+    low,span = xy.min(0),np.ptp(xy, 0)
+    xy = np.where(span>0, (xy-low)/span.clip(1e-12), .5)
     return pd.DataFrame(dict(image=names[i.numpy()], x=xy[:,0], y=xy[:,1]))
 
 def apart(

@@ -99,21 +99,25 @@ def plain_dl(
     dl = dl.new(shuffle=False, drop_last=False)
     return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
-# %% ../nbs/api/06_features.ipynb #5a8a10f2
+# %% ../nbs/api/06_features.ipynb #4c7b3a19
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
         store_attr()
         self.done,self.buf,self.file = 0,None,file and Path(file)
         if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
             self.tmp = self.file.with_name(f'.{self.file.name}.{os.getpid()}.tmp')
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                self.out = open(self.tmp, 'wb')                  # before the work, not after it
+            except OSError as e: raise OSError(f"{self.file} cannot be written ({e.strerror or e}): pass a file in a folder that can be written to") from e
 
     def add(self, x):
         x = x.to('cpu', ifnone(self.dtype, x.dtype)).contiguous()
         if self.file:
-            if not self.done: self.out,self.shape = open(self.tmp, 'wb'),x.shape[1:]
-            if not self.done: self._header(0)
+            if not self.done:
+                self.shape = x.shape[1:]
+                self._header(0)
             x.numpy().tofile(self.out)
         else:
             if self.buf is None: self.buf = x.new_empty(max(self.n, len(x)), *x.shape[1:])
@@ -127,8 +131,9 @@ class _Rows:
         np.lib.format.write_array_header_1_0(self.out, dict(descr=descr, fortran_order=False, shape=(n,*self.shape)))
 
     def drop(self):
-        if self.file and self.done: self.out.close()
-        if self.file: self.tmp.unlink(missing_ok=True)
+        if not self.file: return
+        self.out.close()
+        self.tmp.unlink(missing_ok=True)
 
     def close(self):
         if not self.file: return self.buf[:self.done]

@@ -112,7 +112,7 @@ def run_variant(
         out |= {pre+k:v for k,v in measure(learn, dls, who).items()}
     return out
 
-# %% ../nbs/api/41_lab.ipynb #0f966acb
+# %% ../nbs/api/41_lab.ipynb #f277512d
 def read_runs(
     out:str|Path # Folder of an ablation
 )->pd.DataFrame: # A row a run
@@ -133,7 +133,7 @@ def ablate(
 )->pd.DataFrame: # `read_runs(out)`
     "Train and measure each variant with each seed, with the same data and epochs; what is done already is not done again"
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out, folder=True).mkdir(parents=True, exist_ok=True)
     if chosen is None: chosen = baselines | variants
     if data not in data_sets and holdout!='test': raise ValueError(f"holdout={holdout!r} is for the embedded sets: to choose settings on {data}, pass a folder of its own in which the test images are others")
     same  = dict(data=str(data), holdout=holdout, arch=arch, epochs=epochs, bs=bs)

@@ -100,7 +100,7 @@ def run_table(
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/api/45_report.ipynb #55d7fa31
+# %% ../nbs/api/45_report.ipynb #153618eb
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -324,7 +324,7 @@ class _Run:
         except Exception as e: f,call = None,self.remarks.append(f"encoder.safetensors cannot be read ({first_line(e)}).")
         own   = f and not call                                   # a network that timm does not know
         lines = ["from self_supervised.all import *", f"encoder = load_encoder({str(f or self.folder/'checkpoint.pth')!r}{', encoder' if own else ''})" + ("      # given as it was made for the run" if own else '')]
-        return '\n'.join(lines + (['', '# or with timm alone', f'encoder = {call}'] if call else []) + ['', '# in a shell: measure it by another protocol', f'# dino_eval linear --encoder {shlex.quote(str(self.folder))} --data LABELLED'])
+        return '\n'.join(lines + (['', '# or with timm', call.replace('timm.create_model(', 'encoder = timm.create_model(', 1)] if call else []) + ['', '# in a shell: measure it by another protocol', f'# dino_eval linear --encoder {shlex.quote(str(self.folder))} --data LABELLED'])
 
     def _bad_files(self):
         f = self.fresh('bad_files.jsonl')
@@ -403,7 +403,7 @@ def _overlaid(runs):
             yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, n)
 
-# %% ../nbs/api/45_report.ipynb #bcafcdae
+# %% ../nbs/api/45_report.ipynb #ff3f1823
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -431,6 +431,7 @@ def write_report(
     if not folders: raise ValueError("no runs: pass the folder of a run, or several")
     out = Path(ifnone(out, folders[0]/'report.html' if len(folders)==1 else 'comparison.html'))
     if out.suffix!='.html': raise ValueError(f"{out}: pass a name that ends in .html")
+    check_writable(out)
     if learn is not None:
         if len(folders)>1: raise ValueError(f"{len(folders)} runs, but a learner belongs to one: pass its folder alone")
         if rank_distrib(): return out

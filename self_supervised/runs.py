@@ -16,7 +16,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #3116f8d4
+# %% ../nbs/api/21_runs.ipynb #457b4ed4
 class _AtEpochEnd(Callback):
     "Calls `epoch_done` once after each epoch that was trained, also where another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -88,6 +88,7 @@ class RunCheckpoint(_AtEpochEnd):
         self.first_epoch,self.state,self.damaged,self.past,self.resting,self.planned = 0,None,[],{},[],self.n_epoch
         if no_fit(self.learn): return
         if not rank_distrib():
+            check_writable(self.folder, folder=True)
             for f in self.folder.glob('.*.[0-9]*.tmp'): f.unlink(missing_ok=True)                  # of a process that was killed while it wrote
         if self.resume: self._load()
         to_plain(self._weights(), 'checkpoint', tensors=True)    # refuse now what could not be saved, or not be read back, after the first epoch

@@ -429,7 +429,7 @@ def to_transformers(
               + (f"; what stands for an image is its .last_hidden_state{feature}" if feature else ''))
     return folder
 
-# %% ../nbs/api/08_weights.ipynb #c26847ad
+# %% ../nbs/api/08_weights.ipynb #e9a4efbb
 class _Normalized(nn.Module):
     "An encoder for images in [0,1]"
     def __init__(self, enc, stats):
@@ -449,6 +449,7 @@ def to_onnx(
 )->Path: # `file`
     "Write the encoder as ONNX: `images` (bs,C,H,W) in, `features` (bs,d) out"
     need_extra('to_onnx', 'onnx', 'onnx', 'onnxscript')
+    check_writable(file)
     enc,file = deepcopy(encoder_of(learn_or_model, who)).cpu().float().eval(),Path(file)
     if normalize:
         stats = norm_stats(learn_or_model)

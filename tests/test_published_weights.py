@@ -1,5 +1,5 @@
 "DINOv2 and DINOv3 under the names of those who publish them, against transformers' own models"
-import pytest, re, timm, torch, transformers, warnings
+import pytest, re, subprocess, sys, timm, torch, transformers, warnings
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.weights import *
@@ -150,3 +150,13 @@ def test_families_are_read_by_timms_own_conversion(tmp_path):
         fb[k] = v[:,:,0,0] if 'pwconv' in k and v.ndim==4 else v
     torch.save(fb, tmp_path/'a.pth')
     assert load_dino_weights(new, tmp_path/'a.pth')==len(enc.state_dict()) and same(enc, new)
+
+@pytest.mark.slow
+def test_the_printed_line_works_as_printed(tmp_path, capsys):
+    enc,x = create_encoder('vit_mini_patch4_16').eval(),torch.randn(2,3,16,16)
+    export_encoder(enc, tmp_path/'a.safetensors')
+    line = capsys.readouterr().out.strip().replace('timm.create_model', 'm = timm.create_model')
+    torch.save(x, tmp_path/'x.pth')
+    code = f"import timm, torch; {line}; torch.save(m.eval()(torch.load('x.pth')).detach(), 'y.pth')"
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
+    with torch.no_grad(): close(torch.load(tmp_path/'y.pth'), enc(x), 1e-5)

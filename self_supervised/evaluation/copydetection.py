@@ -7,13 +7,14 @@ __all__ = ['ATTACKS', 'gem', 'copy_features', 'Whiten', 'copy_scores', 'crop_att
            'paste_attack', 'text_attack', 'rotate_attack', 'contrast_attack', 'copy_attacks', 'make_copies',
            'copy_detection', 'read_copydays', 'copydays_accuracy']
 
-# %% ../../nbs/api/15_evaluation.copydetection.ipynb #e7491b8e
+# %% ../../nbs/api/15_evaluation.copydetection.ipynb #6e80f029
 from fastai.vision.all import *
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 import io
 from ..data import *
 from ..encoders import *
 from ..features import *
+from ..checkpoints import *
 from .retrieval import *
 
 # %% ../../nbs/api/15_evaluation.copydetection.ipynb #3b109942
@@ -178,7 +179,7 @@ ATTACKS = {**{f'crop {o}': partial(crop_attack, removed=o) for o in (10,30,50,80
            **{f'jpeg {o}': partial(jpeg_attack, quality=o) for o in (75,20,8,3)},
            'blur': blur_attack, 'paste': paste_attack, 'text': text_attack, 'rotate': rotate_attack, 'contrast': contrast_attack}
 
-# %% ../../nbs/api/15_evaluation.copydetection.ipynb #d59e9d4a
+# %% ../../nbs/api/15_evaluation.copydetection.ipynb #bb7fd639
 def _attack(im, attack, name, seed): return attack(im.convert('RGB'), random.Random(f'{seed}/{name}')).convert(im.mode)
 
 def copy_attacks(
@@ -210,6 +211,7 @@ def make_copies(
     if not attacks: raise ValueError("no attacks: pass a dict of names and functions, or leave it out for ATTACKS")
     copies = {name: _Copies(images, a, name, seed, open_fn) for name,a in attacks.items()}
     if out is None: return copies
+    check_writable(out, folder=True)
     files = {name: [Path(out)/name/f'{i:05d}.png' for i in range(len(images))] for name in copies}
     for name,fns in files.items():
         fns[0].parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 __all__ = ['propagate', 'davis_palette', 'write_mask', 'read_mask', 'masks_from_maps', 'segment_video', 'mask_j', 'mask_f',
            'video_scores', 'davis_sequences', 'video_accuracy']
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #2fb86fde
+# %% ../../nbs/api/16_evaluation.video.ipynb #0238cd98
 from fastai.vision.all import *
 from collections import deque
 from fastprogress.fastprogress import progress_bar
@@ -14,6 +14,7 @@ from scipy.spatial import KDTree
 from ..data import *
 from ..encoders import *
 from ..features import *
+from ..checkpoints import *
 
 # %% ../../nbs/api/16_evaluation.video.ipynb #914981f5
 def _far(h, w, radius, device):
@@ -215,7 +216,7 @@ def video_scores(
         rows[o] = {'J&F':(j[0]+f[0])/2} | dict(zip(('J','J recall','J decay'), j)) | dict(zip(('F','F recall','F decay'), f))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('object')
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #cfce5f8f
+# %% ../../nbs/api/16_evaluation.video.ipynb #3a5fc19c
 def davis_sequences(
     path:str|Path, # Folder with ImageSets, JPEGImages and Annotations
     split:str='val', # 'train', 'val', 'test-dev', ...: a file of names in ImageSets/`year`
@@ -249,6 +250,7 @@ def video_accuracy(
     **kwargs
 )->pd.DataFrame: # Percent; a row an object, NAME_1, NAME_2, ..., and their mean
     "J and F of all objects of DAVIS, the paper's protocol"
+    if out is not None: check_writable(out, folder=True)
     seqs,rows = davis_sequences(path, split, year, res),[]
     for name,(frames,files) in progress_bar(seqs.items(), leave=False) if progress else seqs.items():
         if len(files)<len(frames): raise ValueError(f"{name} has {len(frames)} frames and {len(files)} masks, so there is nothing to score: use segment_video and write_mask on {split!r}")
