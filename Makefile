@@ -1,5 +1,6 @@
 # make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
 # make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
+# make test-oldest   the core tests with the oldest versions that settings.ini declares, in .venv-oldest (slow: another PyTorch)
 # make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --bs 4 --device cuda" for some of it, other sizes, or a GPU
 # make docs   the documentation as a site, in _site, from what the notebooks saved   make docs-serve to read it, at http://localhost:8000
 # make notebooks   after a change: the library, the notebooks' outputs and README.md anew
@@ -9,7 +10,8 @@ FITS   = import sys; sys.exit(sys.version_info < (3,11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
 BIN     = .venv/bin
 ONE     = OMP_NUM_THREADS=1
-.PHONY: demo test test-all bench docs docs-serve notebooks clean
+CORE    = $(patsubst %,tests/test_%.py,training methods resume evaluation monitors input images reference fuzz leaks fastai_tools)
+.PHONY: demo test test-all test-oldest bench docs docs-serve notebooks clean
 
 .venv/core: settings.ini setup.py pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or say where it is with make PYTHON=/path/to/python"; exit 1; }
@@ -41,6 +43,14 @@ test-all: test
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
 	$(BIN)/python -m pytest -q -m slow tests
 
+.venv-oldest/core: settings.ini tools/oldest.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet $$($(PYTHON) tools/oldest.py) pytest pytest-xdist hypothesis psutil
+	@touch $@
+
+test-oldest: .venv-oldest/core
+	$(ONE) PYTHONPATH=. .venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(CORE)
+
 bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -60,4 +70,4 @@ notebooks: .venv/dev
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf .venv runs build dist _site *.egg-info
+	rm -rf .venv .venv-oldest runs build dist _site *.egg-info

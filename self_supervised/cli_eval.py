@@ -47,7 +47,7 @@ def open_encoder(
     if pretrained and not timm.is_model_pretrained(str(src)): raise ValueError(f"--pretrained: timm has no released weights of {src}; leave it out for an untrained network")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/api/51_cli_eval.ipynb #51c3aee8
+# %% ../nbs/api/51_cli_eval.ipynb #bf37c438
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
@@ -157,7 +157,7 @@ def device_named(
     "The device that the command line names"
     try: dev = torch.device(ifnone(name, default_device()))
     except RuntimeError as e: raise ValueError(f"--device {name}: pass cpu, cuda, cuda:1 or mps") from e
-    here = torch.accelerator.current_accelerator(check_available=True)             # else it is what PyTorch was built for
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None              # what PyTorch was built for may not be there
     if dev.type!='cpu' and (here is None or here.type!=dev.type): raise ValueError(f"--device {name}: this machine has {'no GPU' if here is None else here.type}; pass {'cpu' if here is None else here.type}")
     if dev.type!='cpu' and (dev.index or 0)>=torch.accelerator.device_count(): raise ValueError(f"--device {name}: this machine has {dev.type}:0 to {dev.type}:{torch.accelerator.device_count()-1}")
     return dev

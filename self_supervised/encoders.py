@@ -102,7 +102,7 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     "A ViT of patch 4 and 64 features, 3 blocks and 4 heads for images of 16 pixels and more: 150 thousand parameters"
     return _with_cfg(timm.models.VisionTransformer(**merge(dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4), _own(kwargs))), kwargs)
 
-# %% ../nbs/api/02_encoders.ipynb #8c2cbf8a
+# %% ../nbs/api/02_encoders.ipynb #30d53a38
 _VT = timm.models.VisionTransformer
 
 def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
@@ -112,7 +112,7 @@ def _one_row_is_read(encoder):
     if not isinstance(encoder, _VT) or any(getattr(type(encoder),o) is not getattr(_VT,o) for o in ('forward','forward_features','forward_head','pool')): return False
     block = encoder.blocks[-1] if len(encoder.blocks) else None
     if type(block) is not timm.models.vision_transformer.Block or type(block.attn) is not timm.layers.Attention or type(block.attn.qkv) is not nn.Linear: return False
-    if encoder.global_pool!='token' or encoder.cls_token is None or encoder.attn_pool is not None or block.attn.gate is not None or block.attn.attn_drop.p: return False
+    if encoder.global_pool!='token' or encoder.cls_token is None or encoder.attn_pool is not None or getattr(block.attn, 'gate', None) is not None or block.attn.attn_drop.p: return False
     return torch.compiler.is_compiling() or getattr(encoder, '_compiled_call_impl', None) is None and not any(_hooked(m) for m in encoder.modules())
 
 def _class_row(
@@ -121,7 +121,7 @@ def _class_row(
 )->Tensor: # (n,1,d)
     "The first token behind a block: one query, and the keys and values of all tokens"
     a,y   = block.attn,block.norm1(x)
-    n,t,d = *y.shape[:2],a.attn_dim
+    n,t,d = *y.shape[:2],a.qkv.out_features//3
     w,b   = a.qkv.weight,a.qkv.bias
     q     = F.linear(y[:,:1], w[:d], None if b is None else b[:d]).reshape(n, 1, a.num_heads, -1).transpose(1,2)
     k,v   = F.linear(y, w[d:], None if b is None else b[d:]).reshape(n, t, 2, a.num_heads, -1).permute(2,0,3,1,4)

@@ -33,7 +33,7 @@ def layer_scales(
     "Layer-wise decay of the learning rate (Clark et al. 2020)"
     return np.repeat(decay**np.arange(n_groups//2-1, -1, -1.), 2)
 
-# %% ../../nbs/api/42_vision.continued.ipynb #d614845f
+# %% ../../nbs/api/42_vision.continued.ipynb #b9fa4ec3
 class HeadFirst(Callback):
     "In the first epochs the steps leave the encoder as it is, and what is above it learns alone"
     order,run_valid = MixedPrecision.order+1,False
@@ -62,6 +62,7 @@ def continue_pretrain(self:Learner,
     if not any(p.requires_grad for p in encoder_of(self, 'student').parameters()): raise ValueError("the whole encoder is frozen: call learn.unfreeze(), or requires_grad_(True) on the encoder before the learner is made")
     d = fit_settings(self, n_epoch, cbs)[1]
     if self.splitter is not layer_splitter: self.splitter,self.opt = layer_splitter,None
+    if isinstance(lr, slice): raise ValueError(f"lr={lr}: pass the learning rate of the head as a number, and decay= for the layers below it")
     scales = layer_scales(len(layer_splitter(self.model)), decay)
     self.pretrain(n_epoch, ifnone(lr, d.lr)*scales, ifnone(lr_min, d.lr_min)*scales, ifnone(warmup_epochs, head_epochs+d.warmup_epochs), ifnone(wd, d.wd), scale_lr, start_epoch, L(HeadFirst(head_epochs))+L(cbs))
 
