@@ -759,14 +759,14 @@ def shapes_dls(
     "Ten kinds of drawn shapes with their labels; choose settings with `holdout='valid'`, report with 'test'"
     return _memory_dls(ShapesDataset, *_draw_shapes(size), bs, holdout, device)
 
-# %% ../nbs/api/00_data.ipynb #31e06abd
+# %% ../nbs/api/00_data.ipynb #2875467e
 def stratified_split(
     y, # Classes, (n,)
     test_pct:float=.25, # Fraction of each class to test on
     seed:int|None=0 # Seed of the split
 )->tuple: # Indices of the training and of the test images, in random order
     "Split each class by itself: every class with at least two images is on both sides"
-    rng,y,test = np.random.RandomState(seed),np.asarray(y),[]
+    rng,y,test = np.random.RandomState(seed),np.asarray(y.cpu() if isinstance(y, Tensor) else y),[]
     for c in np.unique(y):
         of_c = rng.permutation(np.flatnonzero(y==c))
         n = round(test_pct*len(of_c))

@@ -57,6 +57,7 @@ def test_fits_leave_nothing_behind(tmp_path, event, precision):
 def test_what_looks_at_a_model_leaves_it_as_it_was(tmp_path):
     learn = digits_learner(0, n_train=128, arch='vit_mini_patch4_16', path=tmp_path)
     x,was,modes = learn.dls.train_ds.x[:4],state(learn.model),[m.training for m in learn.model.modules()]
+    plt.close('all')                                             # of other tests
     before,rng = left(learn),str(random_state(learn.dls))
     show_attention(learn, x); show_heads(learn, x); show_patch_pca(learn, x); learn.dino.show(); plt.close('all')
     attention_video(learn, x, tmp_path/'a.gif'); attention_maps(learn, x); extract_features(learn, [x]); export_encoder(learn, tmp_path/'e.safetensors', verbose=False)

@@ -25,7 +25,7 @@ def run(*cmd, **kwargs):
 def sources():
     "Files of the project: those that git knows; of an unpacked sdist, all"
     git = shutil.which('git') and (root/'.git').exists() and subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True).stdout
-    return [f for f in (git.split('\0') if git else files(root)) if (root/f).is_file() and not any(p in left or p.endswith('.egg-info') for p in Path(f).parts)]
+    return [f for f in (git.split('\0') if git else files(root)) if (root/f).is_file() and Path(f).parts[0] not in left and not any(p in ('__pycache__','.ipynb_checkpoints') or p.endswith('.egg-info') for p in Path(f).parts)]
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
@@ -79,9 +79,8 @@ def test_metadata(metadata):
 def test_extras_know_each_other():
     own = {e: {x for r in rs if r.name==cfg['lib_name'] for x in r.extras} for e,rs in extras.items()}
     assert own['all']==set(extras)-{'all','dev','docs','bench'} and {'all','docs'}<=own['dev']
-    readme = (root/'README.md').read_text(encoding='utf-8')
-    table  = re.search(r'^\| extra \|.*?\n\n', readme, re.M|re.S)[0]
-    assert [e for e in extras if f'`{e}`' not in table]==[]
+    page = (root/'nbs'/'guides'/'01_installation.ipynb').read_text(encoding='utf-8')
+    assert [e for e in extras if f'<th>{e}</th>' not in page]==[]
 
 def test_every_extra_that_is_asked_for_is_there():
     "`need_extra` names extras that settings.ini has, and packages of theirs"
