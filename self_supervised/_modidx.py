@@ -1466,6 +1466,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core._plot_train_loss': ( 'api/vision.core.html#_plot_train_loss',
                                                                                                'self_supervised/vision/core.py'),
+                                             'self_supervised.vision.core._refuse_tools': ( 'api/vision.core.html#_refuse_tools',
+                                                                                            'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.backbone_for': ( 'api/vision.core.html#backbone_for',
                                                                                            'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.clip_per_param': ( 'api/vision.core.html#clip_per_param',

@@ -42,12 +42,12 @@ NO_LABELS = 'pretraining has none'
 callbacks = {                                                    # how it is made, and what is said where it does not work when pretraining
     'SaveModelCallback':        (SaveModelCallback, None),
     'EarlyStoppingCallback':    (EarlyStoppingCallback, None),
-    'ReduceLROnPlateau':        (ReduceLROnPlateau, None),
+    'ReduceLROnPlateau':        (ReduceLROnPlateau, 'changes nothing here'),
     'TrackerCallback':          (TrackerCallback, None),
     'TerminateOnNaNCallback':   (TerminateOnNaNCallback, None),
     'GradientAccumulation':     (partial(GradientAccumulation, 32), None),
     'GradientClip':             (GradientClip, None),
-    'BnFreeze':                 (BnFreeze, None),
+    'BnFreeze':                 (BnFreeze, 'running statistics that nothing updates'),
     'ShortEpochCallback':       (partial(ShortEpochCallback, .5), None),
     'ShowGraphCallback':        (ShowGraphCallback, None),
     'CSVLogger':                (CSVLogger, None),
@@ -79,6 +79,12 @@ def test_callbacks(tmp_path, kind, name):
         values = [v[list(learn.recorder.metric_names[1:]).index(col)] for v in learn.recorder.values]
         assert cb.best==min(values)
     if name=='SaveModelCallback': assert (tmp_path/'models'/'model.pth').exists()
+
+def test_a_plateau_lowers_the_learning_rate_of_an_optimizer_of_fastai(tmp_path):
+    learn = pretraining(tmp_path, False)
+    learn.opt_func = Adam
+    with silent(), learn.no_bar(), learn.no_logging(): learn.fit(4, 1e-3, cbs=ReduceLROnPlateau(patience=1, min_delta=100.))
+    assert learn.opt.hypers[-1]['lr']<1e-3
 
 def test_trackers_say_what_they_watch(tmp_path):
     learn = pretraining(tmp_path, False)
@@ -156,6 +162,10 @@ def _added(learn):
 @pytest.mark.parametrize('name', methods_of_learners)
 def test_methods(tmp_path, kind, name):
     learn = makers[kind](tmp_path)
+    if name=='fine_tune' and kind!='fine-tuning':
+        with pytest.raises(ValueError, match='would freeze biases and norms'), silent(), learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
+        learn.unfreeze()
+        return fit(learn, n=1)
     with silent(), learn.no_bar(), learn.no_logging(): methods_of_learners[name](learn)
     fit(learn, n=1)                                              # and it trains afterwards
 

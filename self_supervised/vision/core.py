@@ -177,7 +177,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/api/30_vision.core.ipynb #3263282b
+# %% ../../nbs/api/30_vision.core.ipynb #442fdab8
 class _Table(ProgressCallback):
     "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
     name = 'progress'
@@ -210,6 +210,16 @@ def _fit_in(cb, has_valid):
     if not has_valid and vars(cb).get('monitor')=='valid_loss':
         cb.monitor = 'train_loss'
         warnings.warn(f"{type(cb).__name__} watches train_loss: there are no validation images, and so no valid_loss; unlabelled_dls(..., valid_pct=.1) keeps some")
+
+def _refuse_tools(learn):
+    "Raise a `ValueError` where a tool of fastai would do something else in pretraining than it says"
+    names = {type(cb).__name__ for cb in learn.cbs}
+    if 'BnFreeze' in names and getattr(get_model(learn.model), 'teacher', None) is not None:
+        raise ValueError("BnFreeze would put the teacher's BatchNorm on running statistics that nothing updates: leave it out when pretraining")
+    if 'ReduceLROnPlateau' in names and (isinstance(learn.opt, OptimWrapper) or any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in learn.cbs)):
+        raise ValueError("ReduceLROnPlateau changes nothing here: a schedule sets the learning rate, or fastai's OptimWrapper hides it. Leave it out, or pass opt_func=Adam and call learn.fit")
+    if learn.splitter is dino_splitter and getattr(learn.opt, 'frozen_idx', 0)>0:
+        raise ValueError("freeze() would freeze biases and norms, for the parameter groups are those without and with weight decay: call learn.unfreeze(), and learn.continue_pretrain to train the head first")
 
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
@@ -259,6 +269,7 @@ class MultiView(Callback):
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
         for cb in self.learn.cbs: _fit_in(cb, len(self.dls.valid)>0)
+        _refuse_tools(self.learn)
         self._set_stats()
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
         if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
