@@ -15,7 +15,7 @@ from itertools import groupby
 import kornia, kornia.augmentation as K
 from .data import *
 
-# %% ../nbs/api/01_augmentations.ipynb #e7138eb0
+# %% ../nbs/api/01_augmentations.ipynb #ee417518
 def _way(x):
     "Is `x` worked on an image at a time, as suits the cache of a CPU? And in what precision?"
     return x.device.type=='cpu' and x.shape[-2:].numel()>64**2, torch.half if x.device.type!='cpu' and x.dtype==torch.uint8 else torch.float32
@@ -50,7 +50,7 @@ def _mix(x, rows, cols):
 def crop_matmul(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     boxes:Tensor, # Top, left, height, width in pixels, (n*bs,4): n boxes an image, crop-major
-    size:int, # Side of the crops, in pixels
+    size:int, # Crop size in pixels
     flip:Tensor, # Mirror left and right? (n*bs,) booleans
     dtype:torch.dtype=torch.float32 # Precision of the products
 )->Tensor: # (n*bs,C,size,size) in [0,1]
@@ -64,7 +64,7 @@ def crop_matmul(
 def crop_resize(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     boxes:Tensor, # Top, left, height, width in pixels, (n*bs,4): n boxes an image, crop-major
-    size:int, # Side of the crops, in pixels
+    size:int, # Crop size in pixels
     flip:Tensor|None=None # Mirror left and right? (n*bs,) booleans; default: none
 )->Tensor: # (n*bs,C,size,size), uint8 or floats in [0,1]
     "Cut boxes out of images, resize and flip them: as is fastest on the device of `x`"
@@ -79,12 +79,12 @@ def crop_resize(
         out[i] = y[0].flip(-1) if f else y[0]
     return out if x.dtype==torch.uint8 else out.clamp_(0,1)
 
-# %% ../nbs/api/01_augmentations.ipynb #e29d103d
+# %% ../nbs/api/01_augmentations.ipynb #e833f49e
 def random_boxes(
     n:int, # Number of boxes
     h:int, # Height of the images, in pixels
     w:int, # Width of the images, in pixels
-    scale:tuple, # Range of the box's area, as a part of the image's
+    scale:tuple, # Range of the crop area as fractions of the image area
     ratio:tuple=(3/4,4/3), # Range of width over height
 )->Tensor: # Top, left, height, width in whole pixels, (n,4), on the CPU
     "Draw `n` boxes as torchvision's `RandomResizedCrop` does"
@@ -175,7 +175,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # what is brighter than one half, inverted
 
-# %% ../nbs/api/01_augmentations.ipynb #6bd7fea5
+# %% ../nbs/api/01_augmentations.ipynb #53e39fa0
 class View:
     "Makes one view of each image of a batch: crop, flip, colours, grey, blur, solarisation, in the reference's order"
     def __init__(self,
@@ -183,16 +183,16 @@ class View:
         min_scale:float, # Smallest area of the crop, as a part of the image's
         max_scale:float, # Largest area of the crop
         ratio:tuple=(3/4,4/3), # Range of the crop's width over height
-        flip_p:float=.5, # Probability to mirror left and right
+        flip_p:float=.5, # Probability of a horizontal flip
         rot90:bool=False, # Turn by 0, 90, 180 or 270°, for images without an up: cells, tiles, satellites
         rotate_deg:float=0., # Largest rotation to either side, in degrees
-        jitter_p:float=.8, # Probability to change the colours
+        jitter_p:float=.8, # Probability of colour jitter
         brightness:float=.4, # Largest change of brightness: factors 1 ± this
         contrast:float=.4, # Largest change of contrast: factors 1 ± this
         saturation:float=.2, # Largest change of saturation: factors 1 ± this
         hue:float=.1, # Largest change of hue, as a part of the colour circle
         gray_p:float=.2, # Probability to drop the colours
-        blur_p:float=.5, # Probability to blur
+        blur_p:float=.5, # Probability of Gaussian blur
         blur_sigma:tuple=(.1,2.), # Range of the blur's deviation, in pixels of the view
         solarize_p:float=0., # Probability to invert what is brighter than one half
         stats:tuple=imagenet_stats # Mean and deviation of each channel, to normalise with
@@ -294,7 +294,7 @@ def make_views(
             for i,v in zip(g, pipelines[g[0]].apply(x if x.dtype==torch.uint8 else to_unit(x).float(), d).unflatten(0, (len(g),n))): outs[i] = v
     return outs
 
-# %% ../nbs/api/01_augmentations.ipynb #1539a2a5
+# %% ../nbs/api/01_augmentations.ipynb #0c78776d
 def stats_of(
     pipelines:list # `View`s, and other callables
 )->tuple|None: # Mean and deviation of the channels; None where they are not known
@@ -329,15 +329,15 @@ def _per_view(name, v, n_large, n):
 
 @delegates(View.__init__, but=['size','min_scale','max_scale'])
 def get_dino_aug_pipelines(
-    num_crops:tuple=(2,4), # Number of global and of local views
-    crop_sizes:tuple=(224,96), # Their sides, in pixels
-    min_scales:tuple=(0.4,0.05), # Smallest areas of the crops, as a part of the image's
-    max_scales:tuple=(1.,0.4), # Largest areas
-    n_in:int=3, # Channels of the images; other than 3 there is no hue, saturation or grey, and `stats` must be given
-    blur_p:float|tuple=(1.,.1,.5), # Probability to blur
+    num_crops:tuple=(2,4), # Number of global and local crops
+    crop_sizes:tuple=(224,96), # Crop sizes in pixels
+    min_scales:tuple=(0.4,0.05), # Minimum crop areas (global, local) as fractions of the image area
+    max_scales:tuple=(1.,0.4), # Maximum crop areas (global, local)
+    n_in:int=3, # Number of image channels; other than 3 there is no hue, saturation or grey, and `stats` must be given
+    blur_p:float|tuple=(1.,.1,.5), # Probability of Gaussian blur
     solarize_p:float|tuple=(0.,.2,0.), # Probability to solarise
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
+)->AugPipelines: # One `View` per crop, global crops first
     "The views of DINO (Caron et al. 2021, appendix). An option is one value, three (first global, second global, local), or one a view"
     n = sum(num_crops)
     if n_in!=3:
@@ -348,18 +348,18 @@ def get_dino_aug_pipelines(
     kind = [i>=num_crops[0] for i in range(n)]
     return AugPipelines(View(crop_sizes[k], min_scales[k], max_scales[k], **{o:v[i] for o,v in opts.items()}) for i,k in enumerate(kind))
 
-# %% ../nbs/api/01_augmentations.ipynb #e1a97b12
+# %% ../nbs/api/01_augmentations.ipynb #28defd1f
 @delegates(get_dino_aug_pipelines)
 def get_digits_aug_pipelines(
-    num_crops:tuple=(2,4), # Number of global and of local views
-    crop_sizes:tuple=(16,8), # Their sides, in pixels
+    num_crops:tuple=(2,4), # Number of global and local crops
+    crop_sizes:tuple=(16,8), # Crop sizes in pixels
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
+)->AugPipelines: # One `View` per crop, global crops first
     "Views for the embedded digits"
     return get_dino_aug_pipelines(num_crops, crop_sizes, **merge(dict(min_scales=(.5,.3), max_scales=(1.,.7), flip_p=0., rotate_deg=10., saturation=0., hue=0., gray_p=0.,
                                                                       blur_p=.5, blur_sigma=(.1,.6), solarize_p=0.), kwargs))
 
-# %% ../nbs/api/01_augmentations.ipynb #c7a5e6ff
+# %% ../nbs/api/01_augmentations.ipynb #e5cbf0be
 class _CropFlipGenerator(K.random_generator.ResizedCropGenerator):
     def forward(self, batch_shape, same_on_batch=False):
         flip = torch.rand(1 if same_on_batch else batch_shape[0])<self.flip_p
@@ -368,10 +368,10 @@ class _CropFlipGenerator(K.random_generator.ResizedCropGenerator):
 class RandomResizedCropFlip(K.RandomResizedCrop):
     "kornia's `RandomResizedCrop`, bicubic and antialiased as Pillow's, and `RandomHorizontalFlip` in one"
     def __init__(self,
-        size:int, # Side of the crops, in pixels
-        scale:tuple=(.4,1.), # Range of the box's area, as a part of the image's
+        size:int, # Crop size in pixels
+        scale:tuple=(.4,1.), # Range of the crop area as fractions of the image area
         ratio:tuple=(3/4,4/3), # Range of width over height
-        flip_p:float=.5, # Probability to mirror left and right
+        flip_p:float=.5, # Probability of a horizontal flip
         same_on_batch:bool=False, # The same box for all images
         keepdim:bool=False # Give one image without a batch dimension as such
     ):
@@ -404,7 +404,7 @@ class ColorJitterPerImage(K.ColorJitter):
         contrast:float=.4, # Largest change of contrast: factors 1 ± this
         saturation:float=.2, # Largest change of saturation: factors 1 ± this
         hue:float=.1, # Largest change of hue, as a part of the colour circle
-        p:float=.8, # Probability to change the colours
+        p:float=.8, # Probability of colour jitter
         same_on_batch:bool=False, # The same change for all images
         keepdim:bool=False # Give one image without a batch dimension as such
     ):

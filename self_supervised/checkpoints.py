@@ -18,7 +18,7 @@ from .plain import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/api/07_checkpoints.ipynb #b167d89f
+# %% ../nbs/api/07_checkpoints.ipynb #7b2f3904
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -26,7 +26,7 @@ def _umask():
 
 @contextmanager
 def atomic_path(
-    file:str|Path # The file to write
+    file:str|Path # File to write
 ):
     "A temporary path beside `file` that takes its place when all is written, so that a crash leaves the old file whole"
     file = Path(file)
@@ -69,10 +69,10 @@ def merge_adapters(
     return encoder.requires_grad_(True)                          # the layers below adapters are frozen
 
 def export_encoder(
-    learn_or_model:Learner|nn.Module, # What `encoder_of` takes
+    learn_or_model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`
     file:str|Path, # File to write, .safetensors
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    verbose:bool=True # Print how to load it?
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    verbose:bool=True # Print how to load the file
 )->Path: # `file`
     "Write the encoder's weights with timm's names, and its arguments and statistics as metadata"
     enc,stats,file = merge_adapters(encoder_of(learn_or_model, who)),norm_stats(learn_or_model),Path(file)

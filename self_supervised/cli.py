@@ -70,7 +70,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/api/50_cli.ipynb #09357f65
+# %% ../nbs/api/50_cli.ipynb #c4dcfdeb
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -122,19 +122,19 @@ def _fits_method(kind, given):
 _may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq','max_hours','compile','grad_checkpointing','chunked_loss','no_report')        # between a run and its resumption
 
 def dino_train(
-    path:str=None, # Folder of images, with any subfolders; without it, the embedded digits: a demonstration
-    out:str=None, # Folder of the run (default: runs/ARCH; runs/digits for the demonstration)
+    path:str=None, # Folder of images, searched recursively; without it, the embedded digits: a demonstration
+    out:str=None, # Run directory (default: runs/ARCH; runs/digits for the demonstration)
     method:str='dino', # dino; byol, moco, swav, simclr, barlowtwins; simdino; lejepa, which has no temperatures to watch and is ahead in short runs on small data
     arch:str=None, # Any timm model, or the reference's vit_tiny, vit_small, vit_base, deit_tiny, deit_small (default: vit_small; convnet_mini for the digits)
     patch_size:int=None, # Side of the patches of a ViT, in pixels; smaller is better and slower
     epochs:int=None, # Epochs (default: 100; 40 for convnet_mini on the digits)
-    batch_size_per_gpu:int=64, # Images in a batch
+    batch_size_per_gpu:int=64, # Batch size
     size:int=256, # Side of the squares that views are cut from, in pixels; of the digits, 16
     n_in:int=3, # Channels: 3 for colour images, 1 to train on grey ones; other numbers with --open-fn
     open_fn:str=None, # Function that opens the files, module:function: path to array (H,W,C), or what else unlabelled_dls takes. With it every file of --path is taken
     labels:str=None, # Folder with train/ and test/ (or val/) of class folders, or with class folders: k-NN while training, and a table at the end
-    seed:int=0, # Seed of everything random
-    num_workers:int=None, # Processes that open images (default: one a core, at most 16)
+    seed:int=0, # Random seed
+    num_workers:int=None, # Data-loading worker processes (default: one a core, at most 16)
     cache:bool=False, # Open each file once, and keep the middle square of all on the device: for what fits into its memory
     precision:str=None, # fp32, bf16 or fp16 (default: bf16 on a GPU that has it, else fp32)
     resume:bool=False, # Go on with the run in --out
@@ -153,10 +153,10 @@ def dino_train(
     lam:float=None, # Of lejepa: weight of the distance from a normal distribution (default: 3.2 over the batch, .02 to .2). More where RankMe falls
     use_bn_in_head:bool_arg=None, # BatchNorm in the head. It keeps small data from sticking at ln K
     norm_last_layer:bool_arg=None, # Keep the last layer's rows at length 1; false is a little better where training is stable
-    drop_path_rate:float=None, # Stochastic depth of the student (default: .1 for dino and simdino, else 0)
+    drop_path_rate:float=None, # Stochastic depth rate of the student (default: .1 for dino and simdino, else 0)
     freeze_last_layer:int=None, # Epochs that the last layer stays as drawn. Try more if the loss does not decrease
-    momentum_teacher:float=None, # Momentum of the teacher at the start (default: by the number of iterations). Higher for small batches in long runs
-    warmup_teacher_temp:float=None, # Temperature of the teacher at the start of its warm-up
+    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: by the number of iterations). Higher for small batches in long runs
+    warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
     teacher_temp:float=None, # ... and after it, or throughout (default: .04). Try decreasing it if the loss does not; above .07 is mostly unstable
     warmup_teacher_temp_epochs:int=None, # Epochs of that warm-up
     global_crops_size:int=None, # Side of the two large views, in pixels (default: 224)

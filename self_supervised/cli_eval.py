@@ -162,22 +162,22 @@ def device_named(
     if dev.type!='cpu' and (dev.index or 0)>=torch.accelerator.device_count(): raise ValueError(f"--device {name}: this machine has {dev.type}:0 to {dev.type}:{torch.accelerator.device_count()-1}")
     return dev
 
-# %% ../nbs/api/51_cli_eval.ipynb #2a27f67c
+# %% ../nbs/api/51_cli_eval.ipynb #b93ef781
 def dino_eval(
     protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
     encoder:Annotated[str, {'nargs':'+'}]=None, # Files of export_encoder, checkpoints or folders of runs, timm names, pixels: several stand in one table
     data:str=None, # Folder: class folders; of roxford5k/ or rparis6k/; of Copydays or any images; DAVIS; VOC2012 or images. Without it, where classes are needed, the embedded digits
     out:str=None, # JSON file with table and settings (default: eval_PROTOCOL.json in the folder of the run; eval_PROTOCOL_ENCODER.json here)
-    pretrained:bool=False, # Released weights of a timm model
-    who:str='teacher', # teacher or student, of a checkpoint
+    pretrained:bool=False, # Load the pretrained weights of a timm model
+    who:str='teacher', # Network of a checkpoint: teacher or student
     size:int=None, # Pixels: side of squares (224; digits 16; copydetection 320), longest side (retrieval 512), shortest side (video, segmentation 480)
     n_in:int=None, # Channels: 3, or 1 for grey images; other numbers with --open-fn (default: the encoder's)
     open_fn:str=None, # knn, linear, lowshot, finetune, unlabelled, retrieval, copydetection: function that opens the files, module:function, as for dino_train
-    batch_size:int=64, # Images in a batch
-    num_workers:int=0, # Processes that open images
+    batch_size:int=64, # Batch size
+    num_workers:int=0, # Data-loading worker processes
     precision:str='fp32', # fp32, bf16 or fp16
-    device:str=None, # cpu, cuda, ... (default: the GPU, where there is one)
-    seed:int=0, # Seed of everything random
+    device:str=None, # Device: cpu, cuda, ... (default: the GPU if there is one)
+    seed:int=0, # Random seed
     groups:str=None, # knn, linear, lowshot: regular expression of a file name whose (group) must not be on both sides, such as '^(.+?)_' for patient_slice.png
     k:Annotated[int, {'nargs':'+'}]=None, # knn: neighbours (default: 10 20 100 200)
     temperature:float=.07, # knn: temperature
@@ -230,18 +230,18 @@ def dino_eval(
     print(f"{' '.join(encoders)} on {res['data']}, {res['seconds']} s; the table is in {out}")
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
 
-# %% ../nbs/api/51_cli_eval.ipynb #589809b3
+# %% ../nbs/api/51_cli_eval.ipynb #db1a3294
 def dino_attention(
     image:str, # Image file, or a folder of frames for a video
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, or timm name
     out:str=None, # File to write (default: NAME_attention.png; of a folder, NAME_attention.gif)
-    pretrained:bool=False, # Released weights of a timm model
-    who:str='teacher', # teacher or student, of a checkpoint
+    pretrained:bool=False, # Load the pretrained weights of a timm model
+    who:str='teacher', # Network of a checkpoint: teacher or student
     size:int=480, # Shortest side that the image is brought to, in pixels; 0: as it is
     keep:float=None, # Part of the attention that the masks hold (default: .6; a video shows the attention itself)
     query:Annotated[int, {'nargs':2}]=None, # Row and column of a patch whose attention to show (default: the class token's)
     fps:int=10, # Frames a second of a video
-    device:str=None # cpu, cuda, ... (default: the GPU, where there is one)
+    device:str=None # Device: cpu, cuda, ... (default: the GPU if there is one)
 ):
     "What the heads of the last block look at: attention, masks, all heads in colours, and what the patches say; of a folder, a video"
     src = Path(image)

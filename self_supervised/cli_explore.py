@@ -18,7 +18,7 @@ from .checkpoints import *
 from .explore import *
 from .cli_eval import *
 
-# %% ../nbs/api/54_cli_explore.ipynb #c77fd65c
+# %% ../nbs/api/54_cli_explore.ipynb #b35001b1
 def _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_workers, precision, device, no_progress):
     "`embed` with the options of the command line; broken files are named"
     if encoder is None: raise ValueError("which encoder? Pass --encoder FILE, a folder of a run, a timm name, or pixels")
@@ -36,17 +36,17 @@ def _embedded(folder, encoder, pretrained, who, size, open_fn, batch_size, num_w
     return df
 
 def dino_embed(
-    folder:str, # Folder of images, with any subfolders
+    folder:str, # Folder of images, searched recursively
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, timm name, or pixels
     out:str='features.parquet', # File to write: .parquet, .csv or .npz; a row an image, its path in the folder and its features, not normalised
-    pretrained:bool=False, # Released weights of a timm model
-    who:str='teacher', # teacher or student, of a checkpoint
-    size:int=224, # Side of the square that the encoder sees, in pixels
+    pretrained:bool=False, # Load the pretrained weights of a timm model
+    who:str='teacher', # Network of a checkpoint: teacher or student
+    size:int=224, # Image size of the encoder in pixels
     open_fn:str=None, # Function that opens the files, module:function, as for dino_train
-    batch_size:int=64, # Images in a batch
-    num_workers:int=0, # Processes that open images
+    batch_size:int=64, # Batch size
+    num_workers:int=0, # Data-loading worker processes
     precision:str='fp32', # fp32, bf16 or fp16
-    device:str=None, # cpu, cuda, ... (default: the GPU, where there is one)
+    device:str=None, # Device: cpu, cuda, ... (default: the GPU if there is one)
     no_progress:bool=False # Show no progress bar
 ):
     "Write the features of all images of a folder, with their file names"
@@ -61,7 +61,7 @@ def embed_main():
     "The command `dino_embed`"
     sys.exit(run_command(dino_embed))
 
-# %% ../nbs/api/54_cli_explore.ipynb #f55458b3
+# %% ../nbs/api/54_cli_explore.ipynb #895b7b90
 _page = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
 <style>
@@ -124,11 +124,11 @@ class _Sources:
 def _records(t): return t.to_dict('records')
 
 def explore_page(
-    feats:pd.DataFrame, # What `embed` gave
+    feats:pd.DataFrame, # Result of `embed`
     folder:str|Path, # The folder of the images
     queries:list|None=None, # Names of images to show the nearest ones of; default: the most typical one of each cluster
     n_clusters:int=10, # Clusters
-    threshold:float=.95, # Cosine similarity from which on two images are near-duplicates
+    threshold:float=.95, # Minimum cosine similarity of near-duplicates
     k:int=10, # Neighbours to show, and to tell outliers by
     n_map:int=1000, # Images on the map
     encoder:str='', # What to call the encoder on the page
@@ -150,23 +150,23 @@ def explore_page(
         nearest=[(q,_records(t)) for q,t in near.groupby('query', sort=False)], assigned=[list(t.image) for _,t in typical])
 
 def dino_explore(
-    folder:str, # Folder of images, with any subfolders
+    folder:str, # Folder of images, searched recursively
     encoder:str=None, # File of export_encoder, checkpoint or folder of a run, timm name, or pixels
     features:str=None, # What dino_embed wrote for this folder, instead of --encoder
     out:str='explore.html', # Page to write
     query:Annotated[str, {'nargs':'+'}]=None, # Images to show the nearest ones of, as paths in the folder (default: the most typical one of each cluster)
     clusters:int=10, # Clusters
-    threshold:float=.95, # Cosine similarity from which on two images are near-duplicates
+    threshold:float=.95, # Minimum cosine similarity of near-duplicates
     k:int=10, # Neighbours to show, and to tell outliers by
     n_map:int=1000, # Images on the map
-    pretrained:bool=False, # Released weights of a timm model
-    who:str='teacher', # teacher or student, of a checkpoint
-    size:int=224, # Side of the square that the encoder sees, in pixels
+    pretrained:bool=False, # Load the pretrained weights of a timm model
+    who:str='teacher', # Network of a checkpoint: teacher or student
+    size:int=224, # Image size of the encoder in pixels
     open_fn:str=None, # Function that opens the files, module:function, as for dino_train; of other than one or three channels the mean is shown
-    batch_size:int=64, # Images in a batch
-    num_workers:int=0, # Processes that open images
+    batch_size:int=64, # Batch size
+    num_workers:int=0, # Data-loading worker processes
     precision:str='fp32', # fp32, bf16 or fp16
-    device:str=None, # cpu, cuda, ... (default: the GPU, where there is one)
+    device:str=None, # Device: cpu, cuda, ... (default: the GPU if there is one)
     seed:int=0, # Seed of clusters and map
     no_progress:bool=False # Show no progress bar
 ):

@@ -12,7 +12,7 @@ from typing import Annotated
 from .lab import *
 from .lab import variants as lab_variants                      # the option has the same name
 
-# %% ../nbs/api/53_cli_lab.ipynb #7627b331
+# %% ../nbs/api/53_cli_lab.ipynb #b2a017af
 def dino_ablate(
     out:str='runs/ablation', # Folder: runs.jsonl, table.csv and table.png
     variants:Annotated[str, {'nargs':'+'}]=None, # Names as --list shows them (default: all, and raw pixels and the untrained network)
@@ -21,7 +21,7 @@ def dino_ablate(
     holdout:str='test', # test to report, valid to choose settings; of the embedded sets
     arch:str='convnet_mini', # Any timm model
     epochs:int=30, # Epochs of each run
-    batch_size:int=64, # Images in a batch
+    batch_size:int=64, # Batch size
     list:bool=False # Only show the variants' names and settings
 ):
     "Train and measure variants of DINO and other methods with the same data and budget, and leave one table and one figure"

@@ -15,7 +15,7 @@ from .data import *
 from .checkpoints import *
 from .vision.core import *
 
-# %% ../nbs/api/52_cli_prepare.ipynb #09824e74
+# %% ../nbs/api/52_cli_prepare.ipynb #b8d37319
 _jpeg = ('.jpg','.jpeg','.jpe','.jfif')
 
 class _Shrink:
@@ -45,12 +45,12 @@ class _Shrink:
 def _no_pil_warnings(_): warnings.filterwarnings('ignore', module='PIL')
 
 def prepare_images(
-    folder:str|Path, # Folder of images, with any subfolders
+    folder:str|Path, # Folder of images, searched recursively
     out:str|Path, # Folder to write to
     size:int=256, # Short side of the copies, in pixels
     quality:int=95, # Of JPEG files, 1 to 100
     num_workers:int|None=None, # Processes; default: one a core
-    progress:bool=True # Show a progress bar?
+    progress:bool=True # Show a progress bar
 )->dict: # `n` images in `out`, their bytes `before` and `after`, and the number of files that could not be read, `n_bad`
     "Shrink all images of a folder that is not done yet"
     folder,out = Path(folder),Path(out)
@@ -88,7 +88,7 @@ def _settings(out, now):
         with atomic_path(file) as tmp: tmp.write_text(json.dumps(now))
 
 def dino_prepare(
-    folder:str, # Folder of images, with any subfolders
+    folder:str, # Folder of images, searched recursively
     out:str, # Folder for the copies; the same command goes on with one that is not finished
     size:int=256, # Short side of the copies, in pixels: what dino_train takes as --size
     quality:int=95, # Quality of JPEG files, 1 to 100

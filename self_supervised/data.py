@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from array import array
 import gc, io, json, numbers, stat, traceback
 
-# %% ../nbs/api/00_data.ipynb #e7e4c168
+# %% ../nbs/api/00_data.ipynb #67828aa7
 _no_images = {'EPS','MPEG','BUFR','GRIB','HDF5','WMF'}           # a program that Ghostscript runs, films, and what Pillow has names for but no reader
 
 def _formats():                                                  # not kept: a plugin may be registered at any time
@@ -100,7 +100,7 @@ class Unreadable(ValueError):
         super().__init__(f"{_shown(fn)} cannot be read ({type(error).__name__}: {error}): get it anew, or leave it out")
 
 def opener(
-    n_in:int, # Channels of the images
+    n_in:int, # Number of image channels
     open_fn:Callable|None=None, # A function of the user's, which is taken where it is given
     instead:str='pass tensors' # What to do for other numbers of channels, for the message
 )->Callable: # File to image
@@ -479,7 +479,7 @@ class ReadableDL(FilesDL):
         self.name_bad()
         return b
 
-# %% ../nbs/api/00_data.ipynb #c78db698
+# %% ../nbs/api/00_data.ipynb #7cb16fa7
 class CachedImages:
     "Opened images, as a data set"
     n_inp = 1
@@ -513,7 +513,7 @@ def _free_bytes(device):
 def cached_dls(
     dls:DataLoaders, # `ReadableDL`s
     size:int, # Side of their images, in pixels
-    progress:bool|None=None # Show a progress bar? Default: in the first of several processes, where there is more than one batch to open
+    progress:bool|None=None # Show a progress bar Default: in the first of several processes, where there is more than one batch to open
 )->list: # A `CachedDL` for each
     "Open all images of some loaders, and keep them in one tensor on the device; a `ValueError` where they do not fit"
     device,ns,x,done = torch.device(dls.device),[len(dl.dataset) for dl in dls],None,0
@@ -542,7 +542,7 @@ def as_in_validation(
 def _no_chance(dl):
     for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
 
-# %% ../nbs/api/00_data.ipynb #991fee68
+# %% ../nbs/api/00_data.ipynb #40b400eb
 class _Open(Transform):
     "A file, or an image of any kind, to an image of the loader's"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # what fastai's `test_dl` takes
@@ -556,12 +556,12 @@ def takes_any_file(
     return open_fn not in (None,open_rgb,open_gray)
 
 def unlabelled_dls(
-    path_or_files:str|Path|list, # A folder, searched through all its subfolders, or a list of files
+    path_or_files:str|Path|list, # Folder, searched recursively, or a list of files
     size:int=256, # Side of the square images, in pixels; the views are cut from them
-    bs:int=64, # Images in a batch
+    bs:int=64, # Batch size
     valid_pct:float=0., # Part of the images that is not trained on
     seed:int|None=None, # Seed of that split and of the order of the images
-    num_workers:int|None=None, # Processes that open images; default: one a core, at most 16, shared out where several processes train on one machine
+    num_workers:int|None=None, # Data-loading worker processes; default: one a core, at most 16, shared out where several processes train on one machine
     open_fn:Callable|None=None, # `open_gray`, or a function of yours: path to image, array (H,W[,C]) or tensor (C,H,W); with yours any kind of file is taken
     path:str|Path|None=None, # Where a `Learner` writes, and bad_files.jsonl; default: the current folder
     device:str|torch.device|None=None, # Device of the batches; default: fastai's
@@ -642,7 +642,7 @@ def list_images(
     return files
 
 def find_images(
-    src:str|Path|list, # A folder, searched through all its subfolders, or a list of files
+    src:str|Path|list, # Folder, searched recursively, or a list of files
     any_kind:bool=False, # Every file of the folder, or those with an extension that Pillow reads?
     also:str='' # What else could be done where there are none, for the message
 )->Paths:
@@ -668,7 +668,7 @@ def channel_stats(
     if (std<1e-6).any(): raise ValueError(f"channel {std.argmin()} is the same everywhere and cannot be normalised: leave it out in your open_fn")
     return s[0].tolist(),std.tolist()
 
-# %% ../nbs/api/00_data.ipynb #c85a54db
+# %% ../nbs/api/00_data.ipynb #b42d535d
 def _memory_dls(cls, x, y, n, bs, holdout, device):
     if holdout not in ('test','valid',None): raise ValueError(f"holdout={holdout!r}: pass 'test', 'valid' or None")
     a,end = {'test': (n,len(x)), 'valid': (int(.8*n),n), None: (n,n)}[holdout]
@@ -700,8 +700,8 @@ class DigitsDataset:
     def new_empty(self): return type(self)(self.x[:0], self.y[:0])
 
 def digits_dls(
-    size:int=16, # Side of the images, in pixels; they are upsampled from 8
-    bs:int=64, # Images in a batch
+    size:int=16, # Image size in pixels; they are upsampled from 8
+    bs:int=64, # Batch size
     holdout:str|None='test', # What the second loader gives: 'test', the last 30%; 'valid', the last fifth of the first 70%, which then is not trained on; None, nothing
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
@@ -710,7 +710,7 @@ def digits_dls(
 
 def digits_path(
     path:str|Path, # Folder to write to
-    size:int=16 # Side of the images, in pixels
+    size:int=16 # Image size in pixels
 )->Path: # `path`, with train/0 to train/9 and test/0 to test/9
     "Write the embedded digits as PNG files in class folders, and return the folder"
     x,y,n = _digits(size)
@@ -721,7 +721,7 @@ def digits_path(
         Image.fromarray((a*255).round().byte().numpy()).save(fn)
     return path
 
-# %% ../nbs/api/00_data.ipynb #38860a92
+# %% ../nbs/api/00_data.ipynb #760ff8a2
 _shapes = dict(                                                  # of coordinates, radius and the larger coordinate, in units of the shape
     disc=lambda u,v,r,m: r<.9,                    ring=lambda u,v,r,m: (r<1)&(r>.6),          half=lambda u,v,r,m: (r<1)&(v>0),
     square=lambda u,v,r,m: m<.8,                  frame=lambda u,v,r,m: (m<.9)&(m>.5),        triangle=lambda u,v,r,m: (v<.7)&(v>2*abs(u)-1),
@@ -751,8 +751,8 @@ class ShapesDataset(DigitsDataset):
     vocab = CategoryMap(list(_shapes), sort=False)
 
 def shapes_dls(
-    size:int=16, # Side of the images, in pixels
-    bs:int=64, # Images in a batch
+    size:int=16, # Image size in pixels
+    bs:int=64, # Batch size
     holdout:str|None='test', # What the second loader gives: 'test', the last 1,200 of 4,000; 'valid', the last fifth of the others, which then is not trained on; None, nothing
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
@@ -781,7 +781,7 @@ class _ByClass:
     def __init__(self, class_of, valid_pct, seed): self.class_of,self.valid_pct,self.seed = class_of,valid_pct,seed
     def __call__(self, items): return tuple(L(o.tolist()) for o in stratified_split([self.class_of(f) for f in items], self.valid_pct, self.seed))
 
-# %% ../nbs/api/00_data.ipynb #f702dfe1
+# %% ../nbs/api/00_data.ipynb #43d2addd
 _parts = dict(train=('train','training'), test=('test','testing'), valid=('val','valid','validation','dev','eval','evaluation'))
 
 def _part(name): return first(k for k,names in _parts.items() if name.lower() in names)
@@ -849,11 +849,11 @@ def class_files(
 def labelled_dls(
     path:str|Path, # Folder with train/ and test/ or val/ of class folders, or with class folders; see `class_files`
     size:int=224, # Side of the square images, in pixels
-    bs:int=64, # Images in a batch
+    bs:int=64, # Batch size
     crop_pct:float=.875, # Side of the square, as a part of the short side
     valid_pct:float=.25, # Without a test folder: part of the images to test on
     seed:int=0, # Seed of that split
-    num_workers:int|None=None, # Processes that open images; default: one a core, at most 16
+    num_workers:int|None=None, # Data-loading worker processes; default: one a core, at most 16
     n_in:int=3, # Channels: 3, or 1 for grey images; other numbers need an `open_fn`
     open_fn:Callable|None=None, # As in `unlabelled_dls`; default: `open_rgb`, or `open_gray` for one channel
     **kwargs # For `DataBlock.dataloaders`: `device`, ...; `batch_tfms`

@@ -18,7 +18,7 @@ from .data import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/api/09_distributed.ipynb #82db21ca
+# %% ../nbs/api/09_distributed.ipynb #5071548e
 def n_processes()->int: # 1 where there is one
     "Processes that train together"
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -55,7 +55,7 @@ class _GatherRows(torch.autograd.Function):
 
 def joint_rows(
     x:Tensor, # (n_views*bs, ...), crop-major, the same shape in each process
-    n_views:int=1 # Views of an image
+    n_views:int=1 # Number of crops per image
 )->Tensor: # (n_views*processes*bs, ...), crop-major
     "The rows of all processes with gradients. A loss of them that each process computes has, averaged over processes, the gradient of one process with the joint batch"
     if n_processes()==1: return x
@@ -70,10 +70,10 @@ def gather_objects(
     dist.all_gather_object(outs, o)
     return outs
 
-# %% ../nbs/api/09_distributed.ipynb #dc007131
+# %% ../nbs/api/09_distributed.ipynb #a2a88be3
 @delegates(extract_features, but=['file'])
 def shared_features(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dl:DataLoader, # Batches (x,) or (x,y); a fastai one is shared out, any other is read by each process as a whole
     **kwargs
 )->tuple: # What `extract_features` gives with one process
@@ -98,10 +98,10 @@ def _device():
     "Where the processes talk"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/api/09_distributed.ipynb #d2ae9e93
+# %% ../nbs/api/09_distributed.ipynb #1b3f2b0c
 def joint_len(
     n:int, # Images
-    bs:int, # Images in a batch of one process
+    bs:int, # Batch size of one process
     n_proc:int, # Processes
     drop_last:bool # Leave out an incomplete joint batch?
 )->int: # Batches of each process

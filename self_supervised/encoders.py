@@ -18,14 +18,14 @@ import timm
 from timm.models import register_model
 from .plain import *
 
-# %% ../nbs/api/02_encoders.ipynb #67f021b0
+# %% ../nbs/api/02_encoders.ipynb #db077cb3
 def create_encoder(
     arch:str|nn.Module, # A name that `timm.create_model` knows, or a module that turns images into (bs, features)
-    pretrained:bool=False, # Start from timm's released weights?
-    n_in:int=3, # Channels of the images
+    pretrained:bool=False, # Load timm's pretrained weights
+    n_in:int=3, # Number of image channels
     drop_path_rate:float=0., # Stochastic depth; models that have none ignore it
     **kwargs # For `timm.create_model`: `img_size`, `patch_size`, `global_pool`, ...
-)->nn.Module: # Images in, (bs, features) out
+)->nn.Module: # Module that maps images to (bs, n_features)
     "A backbone without its classifier, for images of any size where the model allows it"
     if isinstance(arch, nn.Module): return arch
     if not timm.is_model(arch):
@@ -46,41 +46,41 @@ def create_encoder(
     else: m.timm_args = args                                     # what builds it again, from a file too
     return m
 
-# %% ../nbs/api/02_encoders.ipynb #fadf1d0b
+# %% ../nbs/api/02_encoders.ipynb #2c2159eb
 def _deit(arch, patch_size, drop_path_rate, **kw):
     m = create_encoder(arch, patch_size=patch_size, drop_path_rate=drop_path_rate, **kw)
     if not kw.get('pretrained'): nn.init.trunc_normal_(m.cls_token, std=.02)
     return m
 
 def deit_tiny(
-    patch_size:int=16, # Side of a patch, in pixels
+    patch_size:int=16, # Patch size in pixels
     drop_path_rate:float=0., # Stochastic depth of the last block; earlier ones have less, linearly
-    **kw # For `create_encoder`
+    **kw # Arguments of `create_encoder`
 )->nn.Module: # 192 features, 3 heads, 12 blocks
     "ViT-Ti of DeiT (Touvron et al. 2021)"
     return _deit('vit_tiny_patch16_224', patch_size, drop_path_rate, **kw)
 
 def deit_small(
-    patch_size:int=16, # Side of a patch, in pixels
+    patch_size:int=16, # Patch size in pixels
     drop_path_rate:float=0., # Stochastic depth of the last block
-    **kw # For `create_encoder`
+    **kw # Arguments of `create_encoder`
 )->nn.Module: # 384 features, 6 heads, 12 blocks
     "ViT-S of DeiT (Touvron et al. 2021)"
     return _deit('vit_small_patch16_224', patch_size, drop_path_rate, **kw)
 
 def vit_base(
-    patch_size:int=16, # Side of a patch, in pixels
+    patch_size:int=16, # Patch size in pixels
     drop_path_rate:float=0., # Stochastic depth of the last block
-    **kw # For `create_encoder`
+    **kw # Arguments of `create_encoder`
 )->nn.Module: # 768 features, 12 heads, 12 blocks
     "ViT-B (Dosovitskiy et al. 2021)"
     return _deit('vit_base_patch16_224', patch_size, drop_path_rate, **kw)
 
-# %% ../nbs/api/02_encoders.ipynb #9804fc27
+# %% ../nbs/api/02_encoders.ipynb #203f825c
 class MiniConvNet(nn.Sequential):
     "Three 3x3 convolutions of stride 1, 2 and 2 with BatchNorm, and average pooling"
     def __init__(self,
-        n_in:int=3, # Channels of the images
+        n_in:int=3, # Number of image channels
         nf:tuple=(32,64,128) # Channels of the three layers; the last is the number of features
     ):
         layers = [ConvLayer(i, o, stride=s) for i,o,s in zip((n_in,)+tuple(nf), nf, (1,2,2))]
@@ -166,11 +166,11 @@ def features_and_tokens(
         if hook: hook.remove()
     return encoder.forward_head(tokens),_last_norm(encoder)(tokens[:,encoder.num_prefix_tokens:])
 
-# %% ../nbs/api/02_encoders.ipynb #e64b35f6
+# %% ../nbs/api/02_encoders.ipynb #af6daa2b
 class MultiCropWrapper(Module):
     "An encoder that takes a list of views, one forward for each size (Caron et al. 2020, multi-crop)"
     def __init__(self,
-        encoder:nn.Module # Images in, (bs, features) out
+        encoder:nn.Module # Module that maps images to (bs, n_features)
     ): self.encoder = encoder
 
     def forward(self,
@@ -244,7 +244,7 @@ def says_what_fits(
                              "or make the backbone with create_encoder, which asks timm for one that takes all sizes") from e
         raise
 
-# %% ../nbs/api/02_encoders.ipynb #4bf090d9
+# %% ../nbs/api/02_encoders.ipynb #36e17283
 def native_size(
     encoder:nn.Module # An encoder
 )->int: # Pixels
@@ -253,9 +253,9 @@ def native_size(
     return size if isinstance(size, int) else size[-1]
 
 def check_sizes(
-    encoder:nn.Module, # Images in, (bs, features) out
+    encoder:nn.Module, # Module that maps images to (bs, n_features)
     sizes:list, # Sides of the views, in pixels, or (height, width)
-    n_in:int=3 # Channels of the images
+    n_in:int=3 # Number of image channels
 )->int: # Number of features
     "Forward one image of each size; raise a `ValueError` that says what to do where the encoder does not take one"
     p = next(encoder.parameters(), torch.zeros(1))
@@ -272,11 +272,11 @@ def check_sizes(
                          "resnet* or efficientnet_*; sizes must be multiples of a patch") from e
     return out.shape[1]
 
-# %% ../nbs/api/02_encoders.ipynb #7e19b531
+# %% ../nbs/api/02_encoders.ipynb #1d35edea
 def encoder_of(
     x:Learner|nn.Module, # A Learner, a model with `.teacher` and `.student`, `nn.Sequential(MultiCropWrapper(enc), head)`, a wrapper, or an encoder
     who:str='teacher' # Whose encoder, where there are two: 'teacher' or 'student'
-)->nn.Module: # Images in, (bs, features) out
+)->nn.Module: # Module that maps images to (bs, n_features)
     "The encoder inside `x`"
     if who not in ('teacher','student'): raise ValueError(f"who={who!r}: pass 'teacher' or 'student'")
     m = get_model(x.model if isinstance(x, Learner) else x)
@@ -285,7 +285,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/api/02_encoders.ipynb #e013519a
+# %% ../nbs/api/02_encoders.ipynb #ea3ec0a4
 @contextmanager
 def _plain_attention(attn):
     was,attn.fused_attn = attn.fused_attn,False
@@ -351,7 +351,7 @@ def whole_patches(
     return x[...,:h//ph*ph,:w//pw*pw]
 
 def attention_maps(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     query:tuple|None=None, # Row and column of the patch that looks; None: the class token
     block:int=-1 # Another block than the last, by its number from 0
@@ -366,7 +366,7 @@ def attention_maps(
     if not (0<=r<h and 0<=c<w): raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/api/02_encoders.ipynb #0868ddba
+# %% ../nbs/api/02_encoders.ipynb #5d9254b9
 def _block_tokens(encoder, x, n_blocks):
     "Tokens of the last blocks behind the encoder's `norm`, prefix tokens first, each (bs, tokens, d); and the sides of the grid"
     if not has_tokens(encoder):
@@ -379,7 +379,7 @@ def _block_tokens(encoder, x, n_blocks):
 def _patch_grid(encoder, tokens, grid): return _last_norm(encoder)(tokens[:,encoder.num_prefix_tokens:]).unflatten(1, grid)
 
 def vit_tokens(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Last blocks
 )->tuple: # Class tokens (n_blocks, bs, d), the last block's at the end (None where there are none), and patch tokens of the last block (bs, H/patch, W/patch, d)
@@ -390,7 +390,7 @@ def vit_tokens(
     return cls,_patch_grid(encoder, tokens[-1], grid)
 
 def vit_features(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Last blocks
 )->tuple: # Features of the images (n_blocks, bs, d), the last block's at the end, and patch tokens of the last block (bs, H/patch, W/patch, d)
@@ -402,7 +402,7 @@ def vit_features(
 _pools = dict(token='class token', avg='mean of patches', avgmax='mean and maximum of patches', max='maximum of patches', map='attention pooling')
 
 def image_feature(
-    encoder:Learner|nn.Module # What `encoder_of` takes
+    encoder:Learner|nn.Module # Learner, model or encoder: see `encoder_of`
 )->str: # 'class token', 'mean of patches', ...; 'output' of an encoder that `vit_tokens` does not take
     "Which feature stands for an image, in words"
     encoder = encoder_of(encoder)

@@ -20,7 +20,7 @@ from .features import *
 from .checkpoints import *
 from .plots import *
 
-# %% ../nbs/api/43_explore.ipynb #1bb5556a
+# %% ../nbs/api/43_explore.ipynb #b9f86801
 class _Squares:
     "Files as the middle squares that the encoder sees, or in a string what went wrong"
     def __init__(self, files, size, open_fn): store_attr()
@@ -50,14 +50,14 @@ def _readable(dl, names, good, bad):
 
 @delegates(extract_features, but=['dl','interleave','tokens','file','dtype'])
 def embed(
-    model:Learner|nn.Module|str|Path, # What `extract_features` takes, or a file that `load_encoder` takes
-    images:str|Path|list, # A folder, searched through all its subfolders, or a list of files
-    size:int=224, # Side of the square that the encoder sees, in pixels
-    bs:int=64, # Images in a batch
-    num_workers:int=0, # Processes that open images
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
-    progress:bool=False, # Show a progress bar?
+    model:Learner|nn.Module|str|Path, # Learner, model, encoder or file: see `extract_features`, or a file that `load_encoder` takes
+    images:str|Path|list, # Folder, searched recursively, or a list of files
+    size:int=224, # Image size of the encoder in pixels
+    bs:int=64, # Batch size
+    num_workers:int=0, # Data-loading worker processes
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own, see `norm_stats`
+    progress:bool=False, # Show a progress bar
     open_fn:Callable|None=None, # As in `unlabelled_dls`: with a function of yours every file is taken; default: `open_rgb`, or `open_gray` for a model of one channel
     **kwargs
 )->pd.DataFrame: # A row an image; the index `image` is its path, in the folder or as listed; columns f0, f1, ..., float32, as the encoder gives them, not normalised
@@ -78,7 +78,7 @@ def embed(
     df.attrs['bad_files'] = bad
     return df
 
-# %% ../nbs/api/43_explore.ipynb #95e8f9c1
+# %% ../nbs/api/43_explore.ipynb #6e7a70ee
 def _plain_name(n):
     "What can be written as UTF-8: not every file name on Linux is"
     return n if not isinstance(n, str) else n.encode('utf-8', 'backslashreplace').decode()
@@ -93,7 +93,7 @@ def check_embedding_file(
     return file
 
 def save_embedding(
-    feats:pd.DataFrame, # What `embed` gave
+    feats:pd.DataFrame, # Result of `embed`
     file:str|Path # File to write: .parquet, .csv or .npz, the last with the arrays `image` and `features`
 )->Path: # `file`
     "Write features with the names of their images"
@@ -156,7 +156,7 @@ def _rows(rows, axs, size=1.15):
             ax.set_title(title, fontsize=8)
     return axs
 
-# %% ../nbs/api/43_explore.ipynb #90639e66
+# %% ../nbs/api/43_explore.ipynb #3c7fd49f
 def _nearest(f, q, k, chunk, own=None):
     "Similarity and row of the `k` rows of `f` nearest to each of `q`, a chunk at a time; not itself, where `own` has its row"
     n = len(f)-(own is not None)
@@ -169,10 +169,10 @@ def _nearest(f, q, k, chunk, own=None):
     return torch.cat([o.values for o in found]),torch.cat([o.indices for o in found])
 
 def nearest_images(
-    feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
+    feats:pd.DataFrame|Tensor, # Result of `embed`, or features (n, d)
     queries:str|list|pd.DataFrame|Tensor, # A name or several; for other images what `embed` gave for them, or their features (m, d)
     k:int=8, # Images to find for each
-    chunk:int=512 # Queries at a time
+    chunk:int=512 # Number of queries per chunk
 )->pd.DataFrame: # Columns query, image and similarity; k rows a query, nearest first
     "The images nearest to some by cosine similarity"
     names,f = _named(feats)
@@ -202,11 +202,11 @@ def show_nearest(
     for ax in axs[:,0]: ax.add_patch(plt.Rectangle((0,0),1,1, transform=ax.transAxes, fill=False, ec='tab:blue', lw=3))
     return axs
 
-# %% ../nbs/api/43_explore.ipynb #2a32088f
+# %% ../nbs/api/43_explore.ipynb #97b3a3b7
 def near_duplicates(
-    feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
-    threshold:float=.95, # Cosine similarity from which on two images are near-duplicates
-    chunk:int=512 # Rows to compare with all others at a time
+    feats:pd.DataFrame|Tensor, # Result of `embed`, or features (n, d)
+    threshold:float=.95, # Minimum cosine similarity of near-duplicates
+    chunk:int=512 # Number of rows per chunk
 )->pd.DataFrame: # Columns group, image, and similarity to the most similar other one; the groups most alike first. Images without a near-duplicate are left out
     "Groups of images that are nearly the same"
     if not -1<=threshold<=1: raise ValueError(f"threshold={threshold}: pass a cosine similarity, such as .95")
@@ -227,7 +227,7 @@ def near_duplicates(
 
 def show_duplicates(
     table:pd.DataFrame, # What `near_duplicates` gave
-    images, # What `show_nearest` takes
+    images, # Images: see `show_nearest`
     n:int=6, # Groups at most
     k:int=8, # Images of a group at most
     axs:np.ndarray|None=None # Axes, a row a group
@@ -236,11 +236,11 @@ def show_duplicates(
     if not len(table): return None
     return _rows([[(_picture(images, o.image),f'{o.similarity:.3f}') for o in t[:k].itertuples()] for _,t in itertools.islice(table.groupby('group'), n)], axs)
 
-# %% ../nbs/api/43_explore.ipynb #955bbc1c
+# %% ../nbs/api/43_explore.ipynb #5411b38c
 def outliers(
-    feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
+    feats:pd.DataFrame|Tensor, # Result of `embed`, or features (n, d)
     k:int=10, # Nearest neighbours of each image
-    chunk:int=512 # Rows to compare with all others at a time
+    chunk:int=512 # Number of rows per chunk
 )->pd.DataFrame: # Columns image and distance, 1 minus the mean cosine similarity to the neighbours; all images, the farthest first
     "How far each image is from its nearest neighbours"
     names,f = _named(feats)
@@ -249,7 +249,7 @@ def outliers(
 
 def show_outliers(
     table:pd.DataFrame, # What `outliers` gave
-    images, # What `show_nearest` takes
+    images, # Images: see `show_nearest`
     n:int=8, # Images at most
     ncols:int=8, # Images in a row
     axs:np.ndarray|None=None # (rows, ncols) Axes
@@ -258,9 +258,9 @@ def show_outliers(
     cells = [(_picture(images, o.image),f'{o.distance:.2f}') for o in table[:n].itertuples()]
     return _rows([cells[i:i+ncols] for i in range(0, len(cells), ncols)], axs)
 
-# %% ../nbs/api/43_explore.ipynb #be32d2b7
+# %% ../nbs/api/43_explore.ipynb #05deb263
 def clusters(
-    feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
+    feats:pd.DataFrame|Tensor, # Result of `embed`, or features (n, d)
     k:int=10, # Clusters
     seed:int=0 # Seed of their first centres
 )->pd.DataFrame: # Columns image, cluster, from 0, the largest, on, and similarity to its centre; cluster by cluster, the most typical image first
@@ -278,7 +278,7 @@ def clusters(
     return pd.DataFrame(dict(image=names, cluster=place[km.labels_], similarity=sim.numpy())).sort_values(['cluster','similarity'], ascending=[True,False], kind='stable', ignore_index=True)
 
 def cluster_names(
-    table:pd.DataFrame, # What `clusters` gave
+    table:pd.DataFrame, # Result of `clusters`
     n:int=3 # Typical images to name
 )->pd.DataFrame: # Columns cluster, size, typical, and name, which is empty
     "A row a cluster, with a name to fill in, here or in the CSV file that `to_csv(file, index=False)` writes"
@@ -286,7 +286,7 @@ def cluster_names(
     return pd.DataFrame(rows, columns=['cluster','size','typical','name'])
 
 def label_images(
-    table:pd.DataFrame, # What `clusters` gave
+    table:pd.DataFrame, # Result of `clusters`
     names:pd.DataFrame|str|Path|dict # What `cluster_names` gave, filled in; or its CSV file; or a dict, cluster to name
 )->pd.DataFrame: # Columns image and label, for fastai's `ImageDataLoaders.from_df(df, path=folder)`; clusters without a name are left out, and two of one name become one class
     "Each image with the name of its cluster"
@@ -303,17 +303,17 @@ def label_images(
     return df[df.label.fillna('')!=''].reset_index(drop=True)
 
 def show_clusters(
-    table:pd.DataFrame, # What `clusters` gave
-    images, # What `show_nearest` takes
+    table:pd.DataFrame, # Result of `clusters`
+    images, # Images: see `show_nearest`
     k:int=8, # Images of a cluster, the most typical ones
     axs:np.ndarray|None=None # (clusters, k) Axes
 )->np.ndarray: # The Axes
     "The most typical images of each cluster, a row each"
     return _rows([[(_picture(images, o),'' if i else f'{c}: {len(t)} images') for i,o in enumerate(t.image[:k])] for c,t in table.groupby('cluster')], axs)
 
-# %% ../nbs/api/43_explore.ipynb #39cee825
+# %% ../nbs/api/43_explore.ipynb #2bd3010c
 def image_map(
-    feats:pd.DataFrame|Tensor, # What `embed` gave, or features (n, d)
+    feats:pd.DataFrame|Tensor, # Result of `embed`, or features (n, d)
     n_max:int=2000, # Images at most, drawn at random
     seed:int=0 # Seed of the draw and of the layout
 )->pd.DataFrame: # Columns image, x and y, from 0 to 1
@@ -342,7 +342,7 @@ def apart(
 
 def show_map(
     table:pd.DataFrame, # What `image_map` gave
-    images, # What `show_nearest` takes
+    images, # Images: see `show_nearest`
     size:float=.045, # Side of a picture, as a part of the map
     ax:plt.Axes|None=None # Axes to draw on
 )->plt.Axes: # The Axes

@@ -13,9 +13,9 @@ from fastprogress.fastprogress import progress_bar
 from .data import *
 from .encoders import *
 
-# %% ../nbs/api/06_features.ipynb #b519803e
+# %% ../nbs/api/06_features.ipynb #9ea8c279
 def norm_stats(
-    x:Learner|nn.Module # What `encoder_of` takes
+    x:Learner|nn.Module # Learner, model or encoder: see `encoder_of`
 )->tuple|None: # Mean and deviation, (C,) each; None where the model does not say
     "The statistics that a model was trained with: its own `mean` and `std`, or timm's `pretrained_cfg`"
     m = get_model(x.model if isinstance(x, Learner) else x)
@@ -44,16 +44,16 @@ class _Renorm:
         return (x-mean)/std
 
 def model_norm(
-    model:Learner|nn.Module, # What `encoder_of` takes
+    model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`
     stats:tuple|None=None, # Mean and deviation; default: the model's own, see `norm_stats`
     dl=None # A DataLoader, whose own normalisation is undone
 )->Callable: # From images (bs,C,H,W), uint8 or in [0,1], to what the model was trained on
     "How images are normalised for a model"
     return _Renorm(tuple(map(torch.as_tensor, stats)) if stats else norm_stats(model), dl_normalize(dl), bool(stats))
 
-# %% ../nbs/api/06_features.ipynb #def3c42b
+# %% ../nbs/api/06_features.ipynb #35fb1d1b
 def encode(
-    encoder:nn.Module, # Images in, (bs, features) out
+    encoder:nn.Module, # Module that maps images to (bs, n_features)
     x:Tensor, # Images (bs,C,H,W), normalised
     n_blocks:int=1, # Features of this many last blocks, for a timm vision transformer: its class tokens, or what `image_feature` says
     avgpool:bool=False, # Add the mean of the last block's patch tokens?
@@ -99,7 +99,7 @@ def plain_dl(
     dl = dl.new(shuffle=False, drop_last=False)
     return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
-# %% ../nbs/api/06_features.ipynb #4c7b3a19
+# %% ../nbs/api/06_features.ipynb #7a27c51c
 class _Rows:
     "Batches of rows, one below the other: in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -163,9 +163,9 @@ def extract_features(
     dl:DataLoader, # Batches that `image_batch` takes, with labels or without: fastai's, PyTorch's, or any iterable
     n_blocks:int=1, # Features of this many last blocks, for a timm vision transformer
     avgpool:bool=False, # Add the mean of the last block's patch tokens?
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
-    progress:bool=False, # Show a progress bar?
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own, see `norm_stats`
+    progress:bool=False, # Show a progress bar
     precision:str='fp32', # 'fp32', or 'bf16' or 'fp16' to run the encoder under autocast
     file:str|Path|None=None, # A .npy file to write the features to; default: memory
     dtype:torch.dtype=torch.float32, # Of the features that are kept

@@ -25,7 +25,7 @@ class WeightNormLinear(Module):
     def forward(self, x): return F.linear(x, self.weight)
     def extra_repr(self): return f'{self.n_in}, {self.n_out}, train_g={self.weight_g.requires_grad}'
 
-# %% ../nbs/api/03_heads.ipynb #3aec17dd
+# %% ../nbs/api/03_heads.ipynb #a7d52d02
 def _hidden(dims, use_bn, act):
     return [l for i,o in zip(dims, dims[1:]) for l in [nn.Linear(i,o)] + ([nn.BatchNorm1d(o)] if use_bn else []) + [act()]]
 
@@ -46,7 +46,7 @@ class DINOHead(Module):
         use_bn:bool=False, # BatchNorm after the hidden layers; on small data it keeps the loss from sticking at ln K
         norm_last_layer:bool=True, # Keep the rows of the last layer at length 1; False learns their length: a little better for a ViT-S that is stable
         nlayers:int=3, # Linear layers before the last one
-        hidden_dim:int=2048, # Width of the hidden layers
+        hidden_dim:int=2048, # Dimension of the hidden layers
         bottleneck_dim:int|None=256, # Width of the l2-normalised layer before the prototypes; None: the last hidden layer goes to them as it is
         act:Callable=nn.GELU # Makes the activation of the hidden layers
     ):

@@ -70,11 +70,11 @@ variants = {                                                     # learning rate
 
 data_sets = dict(digits=digits_dls, shapes=shapes_dls)
 
-# %% ../nbs/api/41_lab.ipynb #e271e62d
+# %% ../nbs/api/41_lab.ipynb #f86ef18c
 _fit = ('lr','lr_min','warmup_epochs','wd')
 
 def measure(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dls:DataLoaders, # Labelled
     who:str='teacher', # Whose features
     draws:int=5 # Draws of the few labels
@@ -112,7 +112,7 @@ def run_variant(
         out |= {pre+k:v for k,v in measure(learn, dls, who).items()}
     return out
 
-# %% ../nbs/api/41_lab.ipynb #f277512d
+# %% ../nbs/api/41_lab.ipynb #9d29b1de
 def read_runs(
     out:str|Path # Folder of an ablation
 )->pd.DataFrame: # A row a run
@@ -128,8 +128,8 @@ def ablate(
     holdout:str='test', # 'test' to report, 'valid' to choose settings
     arch:str='convnet_mini', # A timm name
     epochs:int=30, # Epochs of each run
-    bs:int=64, # Images in a batch
-    progress:bool=True # Show a progress bar?
+    bs:int=64, # Batch size
+    progress:bool=True # Show a progress bar
 )->pd.DataFrame: # `read_runs(out)`
     "Train and measure each variant with each seed, with the same data and epochs; what is done already is not done again"
     out = Path(out)
@@ -160,7 +160,7 @@ def _folder(path, bs, arch):
     return dls,lambda n: get_dino_aug_pipelines(n, sizes)
 
 def ablation_table(
-    runs:pd.DataFrame, # What `read_runs` gives
+    runs:pd.DataFrame, # Result of `read_runs`
     cols:tuple=('20-NN','linear','1 label a class','10% labels','RankMe','entropy','KL','seconds'), # Numbers
     best:bool=False # Of teacher and student take the one with the better 20-NN, and say which?
 )->pd.DataFrame: # 'mean ± standard deviation' over the seeds
@@ -175,7 +175,7 @@ def ablation_table(
     return pd.DataFrame(rows).T.rename_axis('variant')
 
 def plot_ablation(
-    runs:pd.DataFrame, # What `read_runs` gives
+    runs:pd.DataFrame, # Result of `read_runs`
     cols:tuple=('20-NN','linear','1 label a class'), # A picture each
     axs:np.ndarray|None=None # Axes
 )->np.ndarray: # The Axes

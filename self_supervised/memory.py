@@ -29,11 +29,11 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
     return sum(n for n,_ in seen.values())
 
-# %% ../nbs/api/22_memory.ipynb #c449bc8c
+# %% ../nbs/api/22_memory.ipynb #c5462034
 def step_memory(
     model:nn.Module, # A `DINOModel`
-    sizes:list, # Side of each view, in pixels
-    bs:int, # Images in a batch
+    sizes:list, # Crop size in pixels
+    bs:int, # Batch size
     chunked:bool=False, # Is the loss chunked?
     precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
 )->dict: # Gigabytes: 'activations', 'logits', 'networks', 'views'
@@ -50,7 +50,7 @@ def step_memory(
     logits = rows*K + sum(o.logits_of(sizes, bs) for o in getattr(model, 'parts', ()))
     return {k:v/1e9 for k,v in dict(activations=kept/2*bs, logits=logits*max(4,p.itemsize), networks=5*params, views=bs*sum(c*s*s*4 for s in sizes)).items()}
 
-# %% ../nbs/api/22_memory.ipynb #982fd6db
+# %% ../nbs/api/22_memory.ipynb #2d28fc9e
 def out_of_memory(
     e:BaseException # What a step raised
 )->bool:
@@ -59,8 +59,8 @@ def out_of_memory(
 
 def what_saves(
     model:nn.Module, # A `DINOModel`
-    sizes:list, # Side of each view, in pixels
-    bs:int, # Images in a batch
+    sizes:list, # Crop size in pixels
+    bs:int, # Batch size
     chunked:bool=False, # Is the loss chunked already?
     precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
 )->str:

@@ -58,7 +58,7 @@ def _cause(e):
     said = [l.strip() for l in str(e).splitlines() if l.strip() and not l.startswith('Exception occured in')]
     return said[0] if said else type(e).__name__
 
-# %% ../nbs/api/20_monitors.ipynb #cedd5df5
+# %% ../nbs/api/20_monitors.ipynb #c2edfb5b
 _no_labels = "KNNMonitor needs labels, and these DataLoaders have none: pass labelled ones, such as labelled_dls gives"
 
 def _has_labels(dl):
@@ -72,7 +72,7 @@ class KNNMonitor(Monitor):
     "Top-1 accuracy of the k-NN classifier, of the teacher or the student, after every `every` epochs"
     def __init__(self,
         dls:DataLoaders, # Labelled: neighbours from the first loader, test images from the second
-        k:int=20, # Neighbours that vote
+        k:int=20, # Number of neighbours k
         T:float=0.07, # Temperature of the weights
         every:int=1, # Epochs between two measurements; the last epoch is always measured
         who:str='teacher' # Whose features: 'teacher' or 'student'

@@ -13,13 +13,13 @@ from fastai.vision.all import *
 from itertools import cycle
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/api/04_objectives.ipynb #6b0b2576
+# %% ../nbs/api/04_objectives.ipynb #a239925b
 def _wide(x): return x.float() if x.itemsize<4 else x
 def _no_autocast(x): return torch.autocast(x.device.type, enabled=False)
 
 def teacher_probs(
     teacher:Tensor, # Teacher logits, (n, K)
-    center:Tensor, # Running mean of the teacher's logits, (1, K)
+    center:Tensor, # Centre: running mean of the teacher's logits, (1, K)
     tpt:float # Teacher temperature; lower is sharper
 )->Tensor: # Target distributions, (n, K)
     "Centre and sharpen the teacher's logits (Caron et al. 2021, eq. 1 and section 3.1)"
@@ -31,7 +31,7 @@ def entropy(
     "Mean entropy of distributions"
     return torch.special.entr(probs).sum(-1).mean()
 
-# %% ../nbs/api/04_objectives.ipynb #0f86ce7d
+# %% ../nbs/api/04_objectives.ipynb #a48fc632
 def _n_views(n_student, n_target, large_crop_ids):
     n_large = len(large_crop_ids)
     bs,rest = divmod(n_target, n_large)
@@ -83,26 +83,26 @@ def _mean_of_pairs(f, rows, target, tps, ids):
         return f.apply(*rows, target.detach().to(rows[0].dtype), tps, tuple(ids), n)/(len(target)*(n-1))
 
 def pair_loss(
-    student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
+    student:Tensor, # Student logits of all crops, (n_crops*bs, K), crop-major
     target:Tensor, # Target distributions of the global views, (n_large*bs, K), crop-major; no gradient goes there
     tps:float=0.1, # Student temperature
-    large_crop_ids:tuple=(0,1) # Which of the student's views the targets belong to
+    large_crop_ids:tuple=(0,1) # Indices of the student's crops that the targets belong to
 )->Tensor: # Scalar
     "Mean cross-entropy between the targets of the global views and all other views of the student"
     return _mean_of_pairs(_PairLoss, [student], target, tps, large_crop_ids)
 
 def dino_loss(
-    student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
+    student:Tensor, # Student logits of all crops, (n_crops*bs, K), crop-major
     teacher:Tensor, # Teacher logits of the global views, (n_large*bs, K), crop-major
-    center:Tensor, # Running mean of the teacher's logits, (1, K)
+    center:Tensor, # Centre: running mean of the teacher's logits, (1, K)
     tps:float=0.1, # Student temperature
     tpt:float=0.04, # Teacher temperature
-    large_crop_ids:tuple=(0,1) # Which of the student's views the teacher saw
+    large_crop_ids:tuple=(0,1) # Indices of the student's crops that the teacher received
 )->Tensor: # Scalar: the mean cross-entropy of the pairs, ln K where nothing is learned
     "Cross-entropy between the teacher's global views and all other views of the student (Caron et al. 2021, eq. 3)"
     return pair_loss(student, teacher_probs(teacher, center, tpt), tps, large_crop_ids)
 
-# %% ../nbs/api/04_objectives.ipynb #246663fb
+# %% ../nbs/api/04_objectives.ipynb #e2dcece1
 class _LinearPairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, target, tps, ids, n_views):
@@ -129,15 +129,15 @@ def linear_pair_loss(
     weight:Tensor, # Of the last layer, (K, d)
     target:Tensor, # Target distributions of the global views, (n_large*bs, K), crop-major; no gradient goes there
     tps:float=0.1, # Student temperature
-    large_crop_ids:tuple=(0,1) # Which of the student's views the targets belong to
+    large_crop_ids:tuple=(0,1) # Indices of the student's crops that the targets belong to
 )->Tensor: # Scalar
     "`pair_loss(features@weight.T, ...)` that holds the logits of one view at a time"
     return _mean_of_pairs(_LinearPairLoss, [features,weight], target, tps, large_crop_ids)
 
-# %% ../nbs/api/04_objectives.ipynb #28348c6c
+# %% ../nbs/api/04_objectives.ipynb #7f5ad577
 def teacher_entropy(
     teacher:Tensor, # Teacher logits, (n, K)
-    center:Tensor, # Running mean of the teacher's logits, (1, K)
+    center:Tensor, # Centre: running mean of the teacher's logits, (1, K)
     tpt:float=0.04 # Teacher temperature
 )->Tensor: # Scalar between 0 and ln K
     "Mean entropy of the teacher's target distributions"
@@ -145,9 +145,9 @@ def teacher_entropy(
 
 @delegates(dino_loss)
 def kl(
-    student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
+    student:Tensor, # Student logits of all crops, (n_crops*bs, K), crop-major
     teacher:Tensor, # Teacher logits of the global views, (n_large*bs, K), crop-major
-    center:Tensor, # Running mean of the teacher's logits, (1, K)
+    center:Tensor, # Centre: running mean of the teacher's logits, (1, K)
     tpt:float=0.04, # Teacher temperature
     **kwargs
 )->Tensor: # Scalar, 0 where the student has nothing left to learn
@@ -163,7 +163,7 @@ def update_center(
     "Exponential moving average of the teacher's logits (Caron et al. 2021, eq. 4)"
     return cmom*center + (1-cmom)*batch_mean.to(center.dtype)
 
-# %% ../nbs/api/04_objectives.ipynb #51ef7796
+# %% ../nbs/api/04_objectives.ipynb #b8720252
 def sinkhorn_knopp(
     scores:Tensor, # Teacher logits, or scores of prototypes, (n, K)
     temp:float=0.05, # Temperature; lower is sharper
@@ -190,23 +190,23 @@ def mean_over_pairs(
     return sum(losses)/len(losses)
 
 def mse_pair_loss(
-    student:Tensor, # Student logits of all views, (n_crops*bs, K), crop-major
+    student:Tensor, # Student logits of all crops, (n_crops*bs, K), crop-major
     target:Tensor, # Target distributions of the global views, (n_large*bs, K), crop-major
     tps:float=0.1, # Student temperature
-    large_crop_ids:tuple=(0,1) # Which of the student's views the targets belong to
+    large_crop_ids:tuple=(0,1) # Indices of the student's crops that the targets belong to
 )->Tensor: # Scalar
     "Mean squared distance of the distributions, in place of `pair_loss`"
     with _no_autocast(student):
         probs = (_wide(student)/tps).softmax(-1)
         return mean_over_pairs(lambda p,t: (p-t).pow(2).sum(-1).mean(), probs, target.detach(), large_crop_ids)
 
-# %% ../nbs/api/04_objectives.ipynb #db6c5d53
+# %% ../nbs/api/04_objectives.ipynb #d7b8f463
 def _unit(x): return F.normalize(_wide(x), dim=-1)
 
 def byol_loss(
     pred:Tensor, # Predictions of the student, (n_crops*bs, d), crop-major
     proj:Tensor, # Projections of the teacher, (n_large*bs, d), crop-major
-    large_crop_ids:tuple=(0,1) # Which of the student's views the teacher saw
+    large_crop_ids:tuple=(0,1) # Indices of the student's crops that the teacher received
 )->Tensor: # Scalar between 0 and 4
     "Squared distance of directions (Grill et al. 2020, eq. 2), mean over pairs"
     with _no_autocast(pred): return mean_over_pairs(lambda p,t: 2-2*(p*t).sum(-1).mean(), _unit(pred), _unit(proj).detach(), large_crop_ids)
@@ -216,7 +216,7 @@ def moco_loss(
     key:Tensor, # Projections of the teacher, (n_large*bs, d), crop-major
     queue:Tensor, # Earlier keys, (n, d), of length 1
     temp:float=0.2, # Temperature
-    large_crop_ids:tuple=(0,1) # Which of the student's views the teacher saw
+    large_crop_ids:tuple=(0,1) # Indices of the student's crops that the teacher received
 )->Tensor: # Scalar
     "Each query is to find its key among those of other images (InfoNCE; He et al. 2020, eq. 1), mean over pairs"
     def info_nce(q, k):
@@ -231,8 +231,8 @@ def _mean_of_two(f, rows, n_views, large_crop_ids):
     return sum(losses)/len(losses)
 
 def simclr_loss(
-    proj:Tensor, # Projections of all views, (n_views*bs, d), crop-major
-    n_views:int=2, # Views of an image
+    proj:Tensor, # Projections of all crops, (n_crops*bs, d), crop-major
+    n_views:int=2, # Number of crops per image
     temp:float=0.1, # Temperature
     large_crop_ids:tuple=(0,1) # Which of them are paired with all others
 )->Tensor: # Scalar
@@ -244,8 +244,8 @@ def simclr_loss(
     with _no_autocast(proj): return _mean_of_two(nt_xent, _unit(proj), n_views, large_crop_ids)
 
 def barlow_loss(
-    proj:Tensor, # Projections of all views, (n_views*bs, d), crop-major
-    n_views:int=2, # Views of an image
+    proj:Tensor, # Projections of all crops, (n_crops*bs, d), crop-major
+    n_views:int=2, # Number of crops per image
     lam:float=0.0051, # Weight of the correlations between different dimensions
     large_crop_ids:tuple=(0,1) # Which of the views are paired with all others
 )->Tensor: # Scalar
@@ -276,7 +276,7 @@ def distill_loss(
         if loss=='cosine': return 1-(_unit(s).unflatten(0, (-1,bs))*_unit(t).unflatten(0, (n_large,bs)).mean(0)).sum(-1).mean()
         return (s.unflatten(0, (-1,1,bs))-t.unflatten(0, (n_large,bs))).pow(2).mean()
 
-# %% ../nbs/api/04_objectives.ipynb #49b18561
+# %% ../nbs/api/04_objectives.ipynb #b4b4f60e
 def coding_rate(
     z:Tensor, # (n, d)
     eps:float=0.5 # Precision: larger cares less for small directions
@@ -291,7 +291,7 @@ def simdino_loss(
     teacher:Tensor, # Projections of the teacher, (n_large*bs, d), crop-major
     eps:float=0.5, # Precision of the coding rate
     weight:float=1., # Of the coding rate, beside (d+m)/(d*m) for m images
-    large_crop_ids:tuple=(0,1), # Which of the student's views the teacher saw
+    large_crop_ids:tuple=(0,1), # Indices of the student's crops that the teacher received
     gather:Callable=noop # Gives the rows of all processes, with gradients, as `joint_rows` does
 )->Tensor: # Scalar
     "Directions of views agree, and fill the space (SimDINO; Wu et al. 2025)"
@@ -345,9 +345,9 @@ def sigreg(
     return _EppsPulley.apply(z@F.normalize(dirs, dim=-1).T, knots, end)
 
 def lejepa_loss(
-    proj:Tensor, # Projections of all views, (n_views*bs, d), crop-major
+    proj:Tensor, # Projections of all crops, (n_crops*bs, d), crop-major
     dirs:Tensor, # Random directions, (n_dirs, d); new ones each step
-    n_views:int=2, # Views of an image
+    n_views:int=2, # Number of crops per image
     lam:float=0.05, # Weight of `sigreg`; larger for small batches
     large_crop_ids:tuple=(0,1) # Views whose mean the others are to agree with
 )->Tensor: # Scalar

@@ -116,7 +116,7 @@ def show_tsne(
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/api/40_plots.ipynb #378f5d8d
+# %% ../nbs/api/40_plots.ipynb #fb6d026e
 def _as_images(
     x, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; a Pillow image, an image file, or a list of those
     n_in=3 # Channels that files and Pillow images are opened with
@@ -130,10 +130,10 @@ def _as_images(
     return x if x.ndim==4 else x[None]
 
 def for_encoder(
-    encoder:Learner|nn.Module, # What `encoder_of` takes
-    x:Tensor|Image.Image, # What `show_attention` takes
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    encoder:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`
+    x:Tensor|Image.Image, # Images: see `show_attention`
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 )->tuple: # The encoder, the images (bs,C,H,W) in [0,1] on the CPU, and the same normalised on its device
     "An encoder, and images of any kind as it takes them, cut to whole patches"
     enc = encoder_of(encoder, who)
@@ -143,13 +143,13 @@ def for_encoder(
 def _grow(m, shape): return m.float().repeat_interleave(shape[-2]//m.shape[-2], -2).repeat_interleave(shape[-1]//m.shape[-1], -1)
 
 def show_attention(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
     x:Tensor|Image.Image, # Images (bs,C,H,W) or one (C,H,W), uint8 or floats in [0,1]; or a Pillow image, a file, or a list of those
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     keep:float|None=None, # Show masks that hold this part of the attention, such as .6; None: the attention itself
     query:tuple|None=None, # Row and column of the patch that looks; None: the class token
     axs:np.ndarray|None=None, # (bs, 1+heads) Axes
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 )->np.ndarray: # The Axes
     "Images and the attention of each head, a row each"
     enc,x,z = for_encoder(encoder, x, stats, who)
@@ -169,7 +169,7 @@ def show_attention(
                 ax.contour(F.pad(mask, (1,1,1,1)), [.5], colors='yellow', linewidths=1, extent=(-1.5,im.shape[2]+.5,-1.5,im.shape[1]+.5))
     return axs
 
-# %% ../nbs/api/40_plots.ipynb #494bb51c
+# %% ../nbs/api/40_plots.ipynb #32319e6c
 def head_colors(
     n:int # Heads
 )->np.ndarray: # (n,3), in [0,1]
@@ -179,7 +179,7 @@ def head_colors(
 def heads_overlay(
     attn:Tensor, # Attention maps of an image, (heads,h,w)
     image:Tensor, # The image (C,H,W), in [0,1]
-    keep:float=.6, # Part of the attention that a mask holds
+    keep:float=.6, # Fraction of the attention mass that a mask keeps
     alpha:float=.6 # Strength of the colours
 )->Tensor: # (3,H,W), in [0,1]
     "Each head's mask in its colour over the grey image; where heads meet, the mean of their colours"
@@ -190,12 +190,12 @@ def heads_overlay(
     return torch.where(n>0, (1-alpha)*grey + alpha*torch.einsum('nhw,nc->chw', masks, colors)/n.clamp(min=1), grey)
 
 def show_heads(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
-    x:Tensor|Image.Image, # What `show_attention` takes
-    keep:float=.6, # Part of the attention that a mask holds
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
+    x:Tensor|Image.Image, # Images: see `show_attention`
+    keep:float=.6, # Fraction of the attention mass that a mask keeps
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     axs:np.ndarray|None=None, # (bs, 2) Axes
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 )->np.ndarray: # The Axes
     "Images, and all heads over each in colours (Caron et al. 2021, fig. 3)"
     enc,x,z = for_encoder(encoder, x, stats, who)
@@ -207,13 +207,13 @@ def show_heads(
     axs[0,1].legend([plt.Rectangle((0,0),1,1, fc=c) for c in head_colors(a.shape[1])], [f'head {h+1}' for h in range(a.shape[1])], fontsize=7, loc='upper left', bbox_to_anchor=(1,1))
     return axs
 
-# %% ../nbs/api/40_plots.ipynb #683179c2
+# %% ../nbs/api/40_plots.ipynb #9e5e65bf
 def show_patch_pca(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
-    x:Tensor|Image.Image, # What `show_attention` takes
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
+    x:Tensor|Image.Image, # Images: see `show_attention`
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     axs:np.ndarray|None=None, # (bs, 2) Axes
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 )->np.ndarray: # The Axes
     "Images, and the principal components of their patch tokens as colours"
     from sklearn.decomposition import PCA
@@ -229,17 +229,17 @@ def show_patch_pca(
         show_image(pc, ctx=right)
     return axs
 
-# %% ../nbs/api/40_plots.ipynb #62cecc84
+# %% ../nbs/api/40_plots.ipynb #f8eb6ce6
 def attention_video(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
     frames, # Frames: what `show_attention` takes, all of one size
     file:str|Path, # File to write: .gif, or .mp4
     head:int|None=None, # Number of the head, from 0; None: the mean of all
     keep:float|None=None, # Show the mask that holds this part of the attention; None: the attention itself
     fps:int=10, # Frames a second
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     alpha:float=.6, # Strength of the attention over the image
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 )->Path: # `file`
     "Write a video with the attention of the class token over it"
     from matplotlib import animation

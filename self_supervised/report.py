@@ -20,7 +20,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/api/45_report.ipynb #64e854fd
+# %% ../nbs/api/45_report.ipynb #307868ea
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG to write
@@ -35,7 +35,7 @@ def _method(learn): return first(learn.cbs, lambda c: hasattr(c, 'make_views'))
 
 def run_pictures(
     learn:Learner, # A learner that was trained
-    folder:str|Path, # Folder of the run
+    folder:str|Path, # Run directory
     dls:DataLoaders|None=None # Images to look at, with labels or without; default: those it was trained on
 ):
     "Draw attention of a ViT's heads, or the nearest neighbours that a convnet finds among some thousands of images"
@@ -72,7 +72,7 @@ def _untrained(learn):
 
 def run_table(
     learn:Learner, # A learner that was trained
-    folder:str|Path, # Folder of the run
+    folder:str|Path, # Run directory
     labelled:DataLoaders|None=None, # Labelled images: trained on the first loader, tested on the second; without them the table is `rank_table`'s
     untrained:nn.Module|None=None, # The network as it began; default: drawn anew, where timm knows it
     n_max:int=5000 # Images of a loader at most
@@ -403,7 +403,7 @@ def _overlaid(runs):
             yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, n)
 
-# %% ../nbs/api/45_report.ipynb #ff3f1823
+# %% ../nbs/api/45_report.ipynb #c2a321fe
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -421,7 +421,7 @@ def _version():
     except importlib.metadata.PackageNotFoundError: return ''
 
 def write_report(
-    runs:str|Path|list, # Folder of a run, or several to compare
+    runs:str|Path|list, # Run directory, or several to compare
     out:str|Path|None=None, # File to write; default: report.html in the folder of the run, comparison.html here for several
     learn:Learner|None=None, # The learner of the run: pictures, table and encoder are made first, where the run has left none
     labelled:DataLoaders|None=None # With `learn`: labelled images to measure it with

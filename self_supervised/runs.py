@@ -16,7 +16,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #457b4ed4
+# %% ../nbs/api/21_runs.ipynb #55b766ec
 class _AtEpochEnd(Callback):
     "Calls `epoch_done` once after each epoch that was trained, also where another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -68,7 +68,7 @@ class RunCheckpoint(_AtEpochEnd):
     "Saves the whole run after each epoch, and resumes it"
     order = 100                                                  # behind all that draws random numbers or changes weights
     def __init__(self,
-        path:str|Path, # Folder of the run
+        path:str|Path, # Run directory
         resume:bool=False, # Go on from its newest checkpoint, where there is one?
         keep_every:int=0, # Keep a copy as checkpoint0020.pth and so on, every so many epochs; 0: none
         args:dict|None=None, # What describes the run; resuming with other values is refused
@@ -253,12 +253,12 @@ def sigterm_as_interrupt():
     try: yield
     finally: signal.signal(signal.SIGTERM, was)
 
-# %% ../nbs/api/21_runs.ipynb #3c400978
+# %% ../nbs/api/21_runs.ipynb #60178fa1
 class History(_AtEpochEnd, CSVLogger):
     "A `CSVLogger` for runs that are resumed: keeps the epochs that are done"
     order = RunCheckpoint.order+1                                # which says where the run goes on
     def __init__(self,
-        file:str|Path, # The file to write
+        file:str|Path, # File to write
         resume:bool=False # Keep what is in it?
     ):
         super().__init__(Path(file).absolute(), append=resume)
@@ -292,7 +292,7 @@ class History(_AtEpochEnd, CSVLogger):
         try: super()._write_line(self._row(log))
         except OSError as e: raise OSError(f"{self.fname} could not be written ({e.strerror or e}): make room or pass another folder, and resume") from e
 
-# %% ../nbs/api/21_runs.ipynb #16e9358c
+# %% ../nbs/api/21_runs.ipynb #720357f5
 def _cpu():
     "The name of the processor, which Python does not know on Linux"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
@@ -336,7 +336,7 @@ def describe_run(
                 images=len(dl.dataset) if hasattr(dl, 'dataset') else None, batch=getattr(dl, 'bs', None), views=views, ln_k=math.log(model.C.shape[1]) if hasattr(model, 'C') else None, chosen=_chosen(learn, method, model))
 
 def read_notes(
-    folder:str|Path # Folder of a run
+    folder:str|Path # Run directory
 )->dict: # Empty where there are none
     "What `run.json` of a run holds"
     try: notes = json.loads((Path(folder)/'run.json').read_text(encoding='utf-8'))
@@ -344,14 +344,14 @@ def read_notes(
     return notes if isinstance(notes, dict) else {}
 
 def note_run(
-    folder:str|Path, # Folder of a run
+    folder:str|Path, # Run directory
     **notes # What to write, or to replace
 ):
     "Add to `run.json` of a run"
     with atomic_path(Path(folder)/'run.json') as tmp: tmp.write_text(json.dumps(to_plain(read_notes(folder)|notes, other=str), indent=1), encoding='utf-8')
 
 def read_messages(
-    folder:str|Path # Folder of a run
+    folder:str|Path # Run directory
 )->list: # A dict each, with `epoch`, counted from 0, and `text`
     "What monitors have said in a run"
     try: rows = [json.loads(l) for l in (Path(folder)/'messages.jsonl').read_text(encoding='utf-8').splitlines() if l.endswith('}')]       # a killed process may have left half a line
@@ -362,7 +362,7 @@ class RunNotes(_AtEpochEnd):
     "Keeps what a run was made with, how it ended, and what monitors said"
     order,session = RunCheckpoint.order+1,None                   # RunCheckpoint says where the run goes on
     def __init__(self,
-        path:str|Path, # Folder of the run
+        path:str|Path, # Run directory
         resume:bool=False, # Go on with what is there, where `RunCheckpoint` goes on?
         settings:dict|None=None, # Settings by name, such as the options of a command
         defaults:dict|None=None, # What they are where nobody sets them, to tell which were set

@@ -8,10 +8,10 @@ __all__ = ['scaled_lr', 'clamp_warmup', 'lr_sched', 'dino_splitter', 'wd_sched',
 # %% ../nbs/api/05_schedules.ipynb #b11200e8
 from fastai.vision.all import *
 
-# %% ../nbs/api/05_schedules.ipynb #c18a305a
+# %% ../nbs/api/05_schedules.ipynb #038c2e5d
 def scaled_lr(
     lr:float, # Learning rate for a batch of 256
-    bs:int, # Images in a batch on one device
+    bs:int, # Batch size on one device
     n_proc:int=1, # Number of devices
     n_acc:int=1 # Batches that are accumulated before a step
 )->float: # Learning rate for this batch
@@ -67,10 +67,10 @@ def teacher_temp(
     e = round(warmup_pct*n_epoch)
     return end if e==0 else sched(start, end)(min(1., epoch/max(1,e-1)))
 
-# %% ../nbs/api/05_schedules.ipynb #490fda58
+# %% ../nbs/api/05_schedules.ipynb #617b57fa
 def dino_defaults(
     n_images:int, # Images to train on
-    bs:int, # Images in a batch, over all devices
+    bs:int, # Batch size, over all devices
     epochs:int, # Epochs of the run
     n_params:int|None=None # Parameters of the encoder; None: many
 )->AttrDict: # Arguments of `DINOHead`, `DINO` and `fit_dino`, by name

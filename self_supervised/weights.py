@@ -325,7 +325,7 @@ def _check(plan, file, strict):
     if some: advice += '; or load what fits with strict=False'
     raise ValueError(f"{file} does not fill the {name}: {fit}. Nothing was loaded: {advice}")
 
-# %% ../nbs/api/08_weights.ipynb #7940d3fc
+# %% ../nbs/api/08_weights.ipynb #6d9ec866
 _acts = {nn.GELU:'gelu', timm.layers.GELU:'gelu', timm.layers.GELUTanh:'gelu_pytorch_tanh', nn.ReLU:'relu'}
 
 def _layout_of(enc):
@@ -412,10 +412,10 @@ def _write_json(o, file):
     with atomic_path(file) as tmp: tmp.write_text(json.dumps(o, indent=2)+'\n', encoding='utf-8')
 
 def to_transformers(
-    learn_or_model:Learner|nn.Module, # What `encoder_of` takes; the encoder a vision transformer of timm: a plain one, DINOv2's or DINOv3's
+    learn_or_model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`; the encoder a vision transformer of timm: a plain one, DINOv2's or DINOv3's
     folder:str|Path, # Folder to write
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    verbose:bool=True # Print how to load it?
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    verbose:bool=True # Print how to load the file
 )->Path: # `folder`
     "Write the encoder as a `ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel` or `DINOv3ViTModel` of transformers, with the processor of its images"
     enc,stats,folder = encoder_of(learn_or_model, who),norm_stats(learn_or_model),Path(folder)
@@ -429,7 +429,7 @@ def to_transformers(
               + (f"; what stands for an image is its .last_hidden_state{feature}" if feature else ''))
     return folder
 
-# %% ../nbs/api/08_weights.ipynb #e9a4efbb
+# %% ../nbs/api/08_weights.ipynb #979c6dde
 class _Normalized(nn.Module):
     "An encoder for images in [0,1]"
     def __init__(self, enc, stats):
@@ -439,12 +439,12 @@ class _Normalized(nn.Module):
     def forward(self, x): return self.enc((x-self.mean)/self.std)
 
 def to_onnx(
-    learn_or_model:Learner|nn.Module, # What `encoder_of` takes
+    learn_or_model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`
     file:str|Path, # File to write, .onnx
-    size:int|tuple=224, # Side of the images, in pixels, or (height, width)
+    size:int|tuple=224, # Image size in pixels, or (height, width)
     dynamic:bool=True, # Any number of images at a time? False: one
     normalize:bool=False, # Take images in [0,1] and normalise them inside? False: they come normalised
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
+    who:str='teacher', # Network to use: 'teacher' or 'student'
     **kwargs # For `torch.onnx.export`: `opset_version`, ...
 )->Path: # `file`
     "Write the encoder as ONNX: `images` (bs,C,H,W) in, `features` (bs,d) out"

@@ -15,7 +15,7 @@ from .features import *
 from .evaluation.segmentation import *
 from .plots import *
 
-# %% ../nbs/api/44_widgets.ipynb #9f3f3434
+# %% ../nbs/api/44_widgets.ipynb #89611e7b
 def patch_similarity(
     tokens:Tensor, # Patch tokens of some images, (n,h,w,d)
     image:int, # Number of the image
@@ -42,17 +42,17 @@ def similar_patches(
     return here, [at(j, best.indices[j].item()) for j in order[:k]]
 
 def show_patch(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
-    images:Tensor|list, # What `show_attention` takes: some images of one size
+    encoder:nn.Module, # Vision transformer of timm, or a learner or model that holds one
+    images:Tensor|list, # Images: see `show_attention`: some images of one size
     image:int=0, # Number of the image to look at
     patch:tuple|None=None, # Row and column of the patch; default: the one in the middle
     head:int|None=None, # Number of the head, from 0; None: the mean of all
     block:int=-1, # Block whose attention is shown, from 0; -1: the last one
-    keep:float=.6, # Part of the attention that the mask holds
+    keep:float=.6, # Fraction of the attention mass that a mask keeps
     k:int=4, # Similar patches to frame in the image, and other images to show
     tokens:Tensor|None=None, # Patch tokens of the images (n,h,w,d), where they are known
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 )->plt.Figure: # Above, the image, the patch's attention, the mask that holds `keep` of it, similarity by the tokens of the last block; below, other images that have similar patches
     "What a patch attends to, and the patches most like it, here and in other images"
     enc,x,z = for_encoder(encoder, images, stats, who)
@@ -84,17 +84,17 @@ def show_patch(
     return fig
 
 def patch_tokens(
-    encoder:nn.Module, # A timm vision transformer, or what `encoder_of` takes
-    images:Tensor|list, # What `show_attention` takes: some images of one size
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
+    encoder:nn.Module, # Vision transformer of timm, or a learner or model that holds one
+    images:Tensor|list, # Images: see `show_attention`: some images of one size
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
+    who:str='teacher', # Network to use: 'teacher' or 'student'
     bs:int=16 # Images at a time
 )->Tensor: # (n,h,w,d), on the CPU
     "Tokens of the patches of some images"
     enc,_,z = for_encoder(encoder, images, stats, who)
     with torch.no_grad(), eval_mode(enc), eager(enc): return torch.cat([vit_tokens(enc, o)[1].float().cpu() for o in z.split(bs)])
 
-# %% ../nbs/api/44_widgets.ipynb #62f66b66
+# %% ../nbs/api/44_widgets.ipynb #fdb613db
 _esm = """
 export default { render({ model, el }) {
   const box = document.createElement('div'), img = document.createElement('img'), mark = document.createElement('div')
@@ -158,15 +158,15 @@ def _src(im):
     return 'data:image/png;base64,'+base64.b64encode(b.getvalue()).decode()
 
 def explore_attention(
-    encoder:Learner|nn.Module, # A timm vision transformer, or what `encoder_of` takes
+    encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that holds one
     images:Tensor|list|str|Path, # Images (n,C,H,W), uint8 or floats in [0,1]; files or Pillow images; or a folder
     size:int|None=None, # Files and Pillow images: side of the middle square that is cut from each, in pixels; default: as they are, of a folder 224
     n_max:int=24, # Of a folder: images at most
     patch:tuple|None=None, # Row and column of the patch to begin with; default: the one in the middle
-    keep:float=.6, # Part of the attention that the mask holds at first
+    keep:float=.6, # Fraction of the attention mass that a mask keeps at first
     k:int=4, # Similar patches to frame, and other images to show
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    who:str='teacher' # Whose encoder: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
+    who:str='teacher' # Network to use: 'teacher' or 'student'
 ): # An `ipywidgets.VBox`; without ipywidgets and anywidget, and outside a notebook, the figure of `show_patch`
     "Click a patch of an image: its attention, and its most similar patches, here and in other images"
     if isinstance(images, (str,Path)): images,size = find_images(images)[:n_max],ifnone(size, 224)

@@ -17,7 +17,7 @@ from ..features import *
 from ..checkpoints import *
 from .retrieval import *
 
-# %% ../../nbs/api/15_evaluation.copydetection.ipynb #3b109942
+# %% ../../nbs/api/15_evaluation.copydetection.ipynb #ca2fb1dc
 def gem(
     patches:Tensor, # Patch tokens, (bs,h,w,d)
     p:float=4., # 1 is the mean; the larger, the nearer to the maximum
@@ -38,12 +38,12 @@ def _class_and_gem(p, l2, encoder, x):
 
 @delegates(image_features, but=['prepare','feature'])
 def copy_features(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     images:str|Path|list|DataLoader, # A folder, or a list of files or Pillow images; a DataLoader's batches are taken as they come
     size:int=320, # Side of the square that images are squeezed to, in pixels
     p:float=4., # Exponent of `gem`
     l2:bool=True, # Make each row of length 1? Not before whitening
-    bs:int=16, # Images in a batch
+    bs:int=16, # Batch size
     **kwargs
 )->Tensor: # The feature that `image_feature` names and GeM of the patch tokens, (n, 2*d); of an encoder that `vit_tokens` does not take, its own features, (n, d)
     "Features for finding copies (Caron et al. 2021, section 4.2)"
@@ -75,13 +75,13 @@ class Whiten:
     )->Tensor: # (n, d), not of length 1
         return ((feats.double()-self.mean.to(feats.device))@self.proj.to(feats.device)).to(feats.dtype)
 
-# %% ../../nbs/api/15_evaluation.copydetection.ipynb #2e415881
+# %% ../../nbs/api/15_evaluation.copydetection.ipynb #cadaf6d2
 def copy_scores(
     query_feats:Tensor, # Features of the copies, (n_queries, d)
     db_feats:Tensor, # Features of what is searched: originals and distractors, (n_db, d)
     right:Tensor|list, # Index of each copy's original in the database, (n_queries,)
     k:int|None=20, # An original behind the first `k` counts as not found; None: the whole ranking
-    chunk:int=1024 # Queries at a time
+    chunk:int=1024 # Number of queries per chunk
 )->Tensor: # Average precision of each query, between 0 and 1, (n_queries,)
     "Rank the database by cosine similarity to each copy, and score the place of its original; the mean is the mAP"
     right = torch.as_tensor(right, device=db_feats.device).long()
@@ -218,7 +218,7 @@ def make_copies(
         for im,fn in zip(copies[name], fns): im.save(fn)
     return files
 
-# %% ../../nbs/api/15_evaluation.copydetection.ipynb #e3acbc2c
+# %% ../../nbs/api/15_evaluation.copydetection.ipynb #00ba0cef
 def _searcher(model, whiten_on, uncentred, **kwargs):
     "Images to features, whitened where there are images to learn that from"
     get = partial(copy_features, model, l2=False, **kwargs)
@@ -234,7 +234,7 @@ def _db_feats(get, originals, distractors): return torch.cat([get(originals)] + 
 
 @delegates(copy_features, but=['l2','file'])
 def copy_detection(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     images:str|Path|list, # Originals: a folder, or a list of files or Pillow images
     distractors:str|Path|list|None=None, # Other images that are searched with them
     attacks:dict|None=None, # Name to function of a Pillow image and a `random.Random`; default: `ATTACKS`
@@ -255,7 +255,7 @@ def copy_detection(
     rows = {name: 100*copy_scores(get(o), db, range(len(images)), k).mean().item() for name,o in copies.items()}
     return pd.DataFrame({'mAP': rows | {'mean': np.mean(list(rows.values()))}}).rename_axis('attack')
 
-# %% ../../nbs/api/15_evaluation.copydetection.ipynb #8bc39013
+# %% ../../nbs/api/15_evaluation.copydetection.ipynb #566b03e4
 def _block(originals, files):
     at = {o.name[:4]:i for i,o in enumerate(originals)}
     lost = [o for o in files if o.name[:4] not in at]
@@ -279,7 +279,7 @@ def read_copydays(
 
 @delegates(copy_features, but=['l2','file'])
 def copydays_accuracy(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     path:str|Path, # What `read_copydays` takes
     distractors:str|Path|list|None=None, # Other images that are searched with the originals
     whiten_on:str|Path|list|None=None, # Other images yet, to learn whitening from, several times as many as features; default: no whitening

@@ -38,15 +38,15 @@ def layer_lrs(
     n = len(learn.splitter(learn.model))
     return [lr*decay**(n-1-i) for i in range(n)]
 
-# %% ../../nbs/api/13_evaluation.finetune.ipynb #489d2b20
+# %% ../../nbs/api/13_evaluation.finetune.ipynb #ea7eb95f
 class Classifier(nn.Sequential):
     "An encoder and a linear layer, for images in [0,1]"
     def __init__(self,
-        encoder:nn.Module, # Images in, (bs, features) out
+        encoder:nn.Module, # Module that maps images to (bs, n_features)
         n_out:int, # Number of classes
         stats:tuple|None=None, # Mean and deviation that the images are normalised with; None: they come normalised
         ps:float=0., # Dropout before the last layer
-        n_in:int=3, # Channels of the images
+        n_in:int=3, # Number of image channels
         size:int=224 # Side of an image, to find out how many features there are
     ):
         nf = check_sizes(encoder, [size], n_in)
@@ -91,10 +91,10 @@ def _uneven(dls):
 @delegates(Learner.__init__, but=['dls','model','splitter'])
 def finetune_learner(
     dls:DataLoaders, # Labelled images
-    encoder:Learner|nn.Module, # What `encoder_of` takes: a learner of DINO, a `DINOModel`, what `load_encoder` gave, a timm model. It is copied
+    encoder:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`: a learner of DINO, a `DINOModel`, what `load_encoder` gave, a timm model. It is copied
     n_out:int|None=None, # Number of outputs; default: the classes of `dls`, or the numbers per image
     ps:float=0., # Dropout before the last layer
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
+    who:str='teacher', # Network to use: 'teacher' or 'student'
     stats:tuple|None=None, # Mean and deviation to normalise with; default: the encoder's own
     **kwargs
 )->Learner: # Frozen but for the head until `unfreeze` or `fine_tune`

@@ -12,12 +12,12 @@ from fastai.vision.all import *
 from ..encoders import *
 from ..features import *
 
-# %% ../../nbs/api/10_evaluation.knn.ipynb #8992377e
+# %% ../../nbs/api/10_evaluation.knn.ipynb #78749516
 def knn_classifier(
     train_feats:Tensor, # Features of the labelled images, (n_train, d)
     train_y:Tensor, # Their classes, (n_train,)
     test_feats:Tensor, # Features to classify, (n_test, d)
-    k:int|list=20, # Neighbours that vote
+    k:int|list=20, # Number of neighbours k
     T:float=0.07, # Temperature of the weights
     n_classes:int|None=None, # Number of classes; default: the largest label and one
     chunk:int=256, # Test images at a time
@@ -70,7 +70,7 @@ def uneven_classes(
     n = y.unique(return_counts=True)[1]
     return bool(n.max()>1.5*n.min())
 
-# %% ../../nbs/api/10_evaluation.knn.ipynb #d26dcc8f
+# %% ../../nbs/api/10_evaluation.knn.ipynb #c5790779
 def group_split(
     y:Tensor, # Classes, (n,)
     groups:list, # The group of each image: numbers or names, (n,)
@@ -94,7 +94,7 @@ def group_split(
 
 @delegates(extract_features)
 def labelled_features(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dl:DataLoader, # Batches (x,y)
     **kwargs
 )->tuple: # Features (n, d) and classes (n,)
@@ -108,7 +108,7 @@ def labelled_features(
 
 @delegates(extract_features, but=['dl','file'])
 def split_features(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dls:DataLoaders, # Labelled: the first loader to train on, the second to test on
     groups:list|Callable|None=None, # The group of each image, of both loaders in turn; or a function from an item (a file) to its group: see `group_split`
     seed:int=0, # Seed of the split by groups
@@ -135,9 +135,9 @@ def _in_order(dl): return not isinstance(dl, torch.utils.data.DataLoader) or isi
 
 @delegates(split_features)
 def knn_accuracy(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dls:DataLoaders, # Labelled: neighbours from the first loader, test images from the second
-    k:int|list=20, # Neighbours that vote; the paper tries 10, 20, 100 and 200
+    k:int|list=20, # Number of neighbours k; the paper tries 10, 20, 100 and 200
     T:float=0.07, # Temperature of the weights
     top:int=1, # Number of best classes among which the true one counts
     balanced:bool=False, # Average over classes: see `mean_hits`

@@ -16,11 +16,11 @@ from ..features import *
 from ..checkpoints import *
 from .knn import *
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #14af9ba4
+# %% ../../nbs/api/11_evaluation.linear.ipynb #161b821a
 def logistic_classifier(
     train_feats:Tensor, # Features, (n_train, d)
     train_y:Tensor, # Classes, (n_train,)
-    C:float=1., # Inverse strength of the l2 penalty
+    C:float=1., # Inverse strength of the L2 penalty
     standardize_by:Tensor|None=None # Features whose mean and deviation standardise; default: the training features
 ): # A scikit-learn pipeline
     "Fit an l2-penalised logistic regression on standardised features"
@@ -34,7 +34,7 @@ def logistic_classifier(
 
 @delegates(split_features)
 def linear_accuracy(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dls:DataLoaders, # Labelled: fitted on the first loader, tested on the second
     C:float=1., # Inverse strength of the L2 penalty
     balanced:bool=False, # Average over classes: see `mean_hits`
@@ -44,7 +44,7 @@ def linear_accuracy(
     ftr,ytr,fte,yte = split_features(model, dls, **kwargs)
     return mean_hits(logistic_classifier(ftr, ytr, C).predict(fte.numpy())==yte.numpy(), yte, balanced)
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #d63d6f28
+# %% ../../nbs/api/11_evaluation.linear.ipynb #7f97d6ed
 def feature_parts(
     d:int, # Features of a token
     n_blocks:tuple=(1,4), # Numbers of last blocks to try
@@ -78,7 +78,7 @@ class LinearSweep(Module):
     def fit(self,
         batches:Callable, # From the number of an epoch to its batches (features, classes)
         epochs:int=100, # Epochs of a cosine from the learning rate to 0
-        progress:bool=False # Show a progress bar?
+        progress:bool=False # Show a progress bar
     ):
         "Train all classifiers"
         for epoch in progress_bar(range(epochs), leave=False) if progress else range(epochs):
@@ -102,7 +102,7 @@ class LinearSweep(Module):
         hit = [[hits(o, yb) for o in self(xb.float().to(dev))] for xb,yb in zip(feats.split(4096), y.split(4096))]
         return [mean_hits(torch.cat(h), y, balanced) for h in zip(*hit)]
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #e71b8277
+# %% ../../nbs/api/11_evaluation.linear.ipynb #0180b916
 _lrs = (1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.)
 
 def sweep_features(
@@ -114,12 +114,12 @@ def sweep_features(
     lrs:tuple=_lrs, # Learning rates for a batch of 256
     epochs:int=100, # Epochs
     bs:int=256, # Batch size
-    valid_pct:float=.1, # Part of the training images to choose by; 0: choose by the test images
+    valid_pct:float=.1, # Fraction of the training images to select the classifier on; 0: select on the test images
     seed:int=0, # Seed of the kept part, of the classifiers and of the order
     batches:Callable|None=None, # From indices of training images to batches (features, classes) of an epoch; default: `train_feats`, shuffled
     groups:list|None=None, # The group of each training image: the kept part then shares none with the rest, see `group_split`
     device:torch.device|None=None, # Where to train; default: the CPU
-    progress:bool=False # Show a progress bar?
+    progress:bool=False # Show a progress bar
 )->tuple: # Table of all classifiers, the best on top, in percent; and the best one, an `nn.Linear`
     "Train a linear classifier for each learning rate and part of the features, and choose one"
     n_classes = int(max(train_y.max(), test_y.max()))+1
@@ -148,7 +148,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.reset_index(drop=True), sweep.heads[res.index[0]]
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #44d1bd57
+# %% ../../nbs/api/11_evaluation.linear.ipynb #8530055b
 def probe_view(
     size:int=224, # Side, in pixels
     n_in:int=3 # Channels
@@ -158,17 +158,17 @@ def probe_view(
 
 @delegates(split_features, but=['n_blocks','avgpool','interleave','tokens'])
 def linear_probe(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dls:DataLoaders, # Labelled: trained on the first loader, tested on the second
     n_blocks:tuple|int=1, # Numbers of last blocks to try; (1,4) for a ViT: the features that `image_feature` names, of each
     avgpool:tuple|bool=False, # (False,True) to try both
     lrs:tuple|float=_lrs, # Learning rates for a batch of 256
     epochs:int=100, # Epochs
     bs:int=256, # Batch size
-    valid_pct:float=.1, # Part of the training images to choose by; 0: choose by the test images
+    valid_pct:float=.1, # Fraction of the training images to select the classifier on; 0: select on the test images
     augment:View|None=None, # `probe_view(size)`: new crops each epoch; None: features of whole images, computed once
     augment_dl:DataLoader|None=None, # The training images to cut the crops from, larger and uncut (`labelled_dls(..., crop_pct=1).train`); default: those of `dls`
-    seed:int=0, # Seed of everything random
+    seed:int=0, # Random seed
     groups:list|Callable|None=None, # As in `split_features`
     **kwargs
 )->tuple: # Table of all classifiers, the best on top, in percent; and the best one, an `nn.Linear`

@@ -11,7 +11,7 @@ from ..features import *
 from .knn import *
 from .linear import *
 
-# %% ../../nbs/api/12_evaluation.lowshot.ipynb #44c24636
+# %% ../../nbs/api/12_evaluation.lowshot.ipynb #f36bf7b0
 def draw_labels(
     y:Tensor, # Classes of all training images, (n,)
     per_class:int|float, # Labels a class: a number, or a part of the class between 0 and 1, at least one
@@ -61,7 +61,7 @@ def lowshot_scores(
 
 @delegates(split_features)
 def lowshot_accuracy(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     dls:DataLoaders, # Labelled: fitted on a few of the first loader, tested on the second
     per_class:int|float=1, # Labels a class, or a part of each class
     draws:int=5, # Draws of the labelled images

@@ -28,7 +28,7 @@ def average_precision(
     before = torch.where(r==0, 1., found/r.clamp(min=1))
     return ((before + (found+1)/(r+1))/2).sum().item()/n_positives
 
-# %% ../../nbs/api/14_evaluation.retrieval.ipynb #66a883ff
+# %% ../../nbs/api/14_evaluation.retrieval.ipynb #78c5912a
 _levels = dict(easy=(['easy'],['hard','junk']), medium=(['easy','hard'],['junk']), hard=(['hard'],['easy','junk']))
 
 def _ids(g, keys): return np.unique(np.concatenate([np.asarray(g.get(k, ()), dtype=np.int64).ravel() for k in keys]))
@@ -49,7 +49,7 @@ def retrieval_scores(
     db_feats:Tensor, # Features of the database, (n_db, d)
     gnd:list, # One dict for each query: indices of database images as 'easy', 'hard' and 'junk'; what is missing is empty
     ks:tuple=(1,5,10), # Ranks at which precision is taken
-    chunk:int=64 # Queries at a time
+    chunk:int=64 # Number of queries per chunk
 )->dict: # Level to 'mAP' and 'mP@k' between 0 and 1, and the number of 'queries'; nan at a level that no query has
     "Rank the database by cosine similarity, and score the ranking at the levels easy, medium and hard (Radenović et al. 2018)"
     _check_gnd(gnd, len(query_feats), len(db_feats))
@@ -72,7 +72,7 @@ def retrieval_scores(
     names = ['mAP']+[f'mP@{k}' for k in ks]
     return {level: dict(zip(names, np.mean(o, 0).tolist() if o else [math.nan]*len(names)), queries=len(o)) for level,o in rows.items()}
 
-# %% ../../nbs/api/14_evaluation.retrieval.ipynb #c1b05c8c
+# %% ../../nbs/api/14_evaluation.retrieval.ipynb #6967939b
 class _Images:
     "Files or Pillow images, as tensors of 8 bits"
     def __init__(self, images, prepare, open_fn): store_attr()
@@ -87,7 +87,7 @@ class _Feature(Module):
     def forward(self, x): return self.f(self.encoder, x)
 
 def image_files(
-    images:str|Path|list, # A folder, searched through all its subfolders, or a list of files or Pillow images
+    images:str|Path|list, # Folder, searched recursively, or a list of files or Pillow images
     open_fn:Callable|None=None # With a function of yours every file of the folder is taken
 )->list: # The files of the folder in order of their names, or the list as it is
     "Images to evaluate on; a `ValueError` where there are none"
@@ -97,15 +97,15 @@ def image_files(
 
 @delegates(extract_features, but=['dl','n_blocks','avgpool','interleave','tokens'])
 def image_features(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     images:str|Path|list|DataLoader, # What `image_files` takes; a DataLoader's batches are taken as they come
     prepare:Callable, # Index and Pillow image to the Pillow image that the model sees
     feature:Callable, # Encoder and normalised batch (bs,C,H,W) to features (bs, d)
-    bs:int=1, # Images in a batch; more than 1 where `prepare` gives all the same size
-    num_workers:int=0, # Processes that open images
+    bs:int=1, # Batch size; more than 1 where `prepare` gives all the same size
+    num_workers:int=0, # Data-loading worker processes
     open_fn:Callable|None=None, # File to image of 1 or 3 channels; default: `open_rgb`, or `open_gray` for a model of one channel
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own, see `norm_stats`
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own, see `norm_stats`
     **kwargs
 )->Tensor: # (n, d), on the CPU
     "Features of files or Pillow images, in their order"
@@ -114,7 +114,7 @@ def image_features(
     dl   = DataLoader(_Images(image_files(images, open_fn), prepare, open_fn), bs=bs, num_workers=num_workers) if ours else images
     return extract_features(_Feature(encoder_of(model, who), feature), dl, stats=ifnone(stats, norm_stats(model)), **kwargs)[0]
 
-# %% ../../nbs/api/14_evaluation.retrieval.ipynb #18db34a6
+# %% ../../nbs/api/14_evaluation.retrieval.ipynb #56fe6e9e
 def fit_within(
     im:Image.Image, # A Pillow image
     size:int, # Long side that is wanted, in pixels
@@ -134,7 +134,7 @@ def _at_scales(scales, encoder, x):
 
 @delegates(image_features, but=['prepare','feature','bs'])
 def retrieval_features(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     images:str|Path|list, # A folder, or a list of files or Pillow images
     size:int=512, # Long side of the images, in pixels
     scales:tuple=(1,), # Scales to average over; the paper's three are (1, 2**-.5, .5)
@@ -188,10 +188,10 @@ def read_revisited(
     _check_gnd(gnd, len(queries), len(db))
     return db,queries,gnd
 
-# %% ../../nbs/api/14_evaluation.retrieval.ipynb #36ee93f6
+# %% ../../nbs/api/14_evaluation.retrieval.ipynb #545de93f
 @delegates(retrieval_features, but=['boxes'])
 def retrieval_accuracy(
-    model:Learner|nn.Module, # What `extract_features` takes
+    model:Learner|nn.Module, # Learner, model, encoder or file: see `extract_features`
     path:str|Path, # Folder that holds the folder `name`
     name:str='roxford5k', # 'roxford5k' or 'rparis6k', or another benchmark in the same layout
     size:int=512, # Long side of the images, in pixels

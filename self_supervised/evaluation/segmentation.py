@@ -14,10 +14,10 @@ from ..encoders import *
 from ..features import *
 from .video import *
 
-# %% ../../nbs/api/17_evaluation.segmentation.ipynb #056146ef
+# %% ../../nbs/api/17_evaluation.segmentation.ipynb #7ca1b2a9
 def mass_mask(
     attn:Tensor, # Attention maps (...,h,w), not negative
-    keep:float=0.6 # Part of the attention that the mask holds
+    keep:float=0.6 # Fraction of the attention mass that a mask keeps
 )->Tensor: # Bool, of the same shape
     "The patches with the most attention that hold `keep` of it together (Caron et al. 2021, fig. 1)"
     if not 0<keep<=1: raise ValueError(f"keep={keep}: pass a part of the attention, above 0 and up to 1")
@@ -35,11 +35,11 @@ def jaccard(
     inter,union = ((o.flatten(-2).sum(-1)) for o in (pred&true, pred|true))
     return torch.where(union>0, inter/union.clamp(min=1), 1.)
 
-# %% ../../nbs/api/17_evaluation.segmentation.ipynb #7c4c915b
+# %% ../../nbs/api/17_evaluation.segmentation.ipynb #6c259fb5
 def head_jaccards(
     attn:Tensor, # Attention maps of an image, (heads,h,w)
     labels:Tensor, # Its map of labels, (H,W): 0 background, 255 void, others objects
-    keep:float=0.6 # Part of the attention that a mask holds
+    keep:float=0.6 # Fraction of the attention mass that a mask keeps
 )->Tensor: # (objects, heads), between 0 and 1
     "Jaccard similarity of each head's mask with each object"
     (h,w),(H,W) = attn.shape[-2:],labels.shape
@@ -94,7 +94,7 @@ def open_labels(
     labels = read_mask(im.convert('L') if im.mode=='1' else im).long()
     return (labels>0).long() if im.mode!='P' and set(labels.unique().tolist())<={0,255} else labels
 
-# %% ../../nbs/api/17_evaluation.segmentation.ipynb #d22e77fe
+# %% ../../nbs/api/17_evaluation.segmentation.ipynb #21d70dc8
 def open_pair(
     image:str|Path, # Image file
     mask:str|Path, # Mask file
@@ -112,13 +112,13 @@ def open_pair(
     return image2tensor(im), labels
 
 def attention_segmentation(
-    model:Learner|nn.Module, # What `encoder_of` takes, around a timm vision transformer
+    model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`, around a timm vision transformer
     pairs:list, # (image, labels): files, as `mask_pairs` and `voc_pairs` give them, or tensors (C,H,W), uint8 or in [0,1], and (H,W)
-    keep:float=0.6, # Part of the attention that a mask holds
+    keep:float=0.6, # Fraction of the attention mass that a mask keeps
     size:int|None=480, # Length of the shorter side of images from files; None: as they are
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
-    progress:bool=False # Show a progress bar?
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
+    progress:bool=False # Show a progress bar
 )->pd.DataFrame: # Percent, a row a measure
     "Jaccard similarity of the masks of the last block's attention, as the paper measures it on VOC12, beside what needs no network"
     enc,norm = encoder_of(model, who),model_norm(model, stats)

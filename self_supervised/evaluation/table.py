@@ -13,7 +13,7 @@ from .knn import *
 from .linear import *
 from .lowshot import *
 
-# %% ../../nbs/api/18_evaluation.table.ipynb #08147cf4
+# %% ../../nbs/api/18_evaluation.table.ipynb #5f24d2de
 def raw_pixels(
     dls:DataLoaders, # Images of one size
     side:int=32 # Larger ones are averaged to this: a classifier on more pixels is slow, and no better
@@ -26,9 +26,9 @@ def _cell(scores): return f'{np.mean(scores):.1f}' + (f' ± {np.std(scores):.1f}
 def probe_table(
     models:dict, # Name of a row to what `extract_features` takes, or to a tuple of it and 'teacher' or 'student'
     dls:DataLoaders, # Labelled: trained on the first loader, tested on the second
-    k:int=20, # Neighbours that vote
+    k:int=20, # Number of neighbours k
     draws:int=5, # Draws of the labels
-    progress:bool=False # Show a progress bar?
+    progress:bool=False # Show a progress bar
 )->pd.DataFrame: # Percent; few labels as 'mean ± standard deviation' over the draws
     "k-NN, linear probe, one label a class and 10% of the labels, for each model; also as balanced accuracy where classes are uneven"
     rows = {}

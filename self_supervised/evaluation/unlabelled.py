@@ -13,14 +13,14 @@ from ..objectives import *
 from ..features import *
 from ..checkpoints import *
 
-# %% ../../nbs/api/19_evaluation.unlabelled.ipynb #01713977
+# %% ../../nbs/api/19_evaluation.unlabelled.ipynb #887eb958
 @delegates(extract_features, but=['file'])
 def rank_table(
     models:dict, # Name of a row, an epoch say, to what `extract_features` takes, or to a file that `load_encoder` takes
     dl:DataLoader, # Images; labels are not looked at
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
+    who:str='teacher', # Network to use: 'teacher' or 'student'
     device:torch.device|None=None, # Where to run encoders from files; default: fastai's
-    progress:bool=False, # Show a progress bar?
+    progress:bool=False, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # Columns rankme, alpha (α-ReQ) and part (rankme / number of features), a row a model
     "RankMe and α-ReQ of the features of several models"
@@ -34,7 +34,7 @@ def rank_table(
     return pd.DataFrame(rows).T.rename_axis('model')
 
 def run_checkpoints(
-    folder:str|Path # Folder of a run, with checkpoints of `RunCheckpoint(keep_every=...)` or `dino_train --saveckp-freq`
+    folder:str|Path # Run directory, with checkpoints of `RunCheckpoint(keep_every=...)` or `dino_train --saveckp-freq`
 )->dict: # Number of epochs to the file
     "The checkpoints that a run has kept, and its last one"
     folder = Path(folder)

@@ -107,7 +107,7 @@ def masks_from_maps(
 def _nearest(mask, size): # by Pillow, as in the reference: torch's rounds a few pixels another way
     return torch.from_numpy(np.array(Image.fromarray(mask.cpu().numpy().astype(np.uint8)).resize(size[::-1], Image.Resampling.NEAREST)))
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #956c5e76
+# %% ../../nbs/api/16_evaluation.video.ipynb #1de6da55
 def _frame(o, n_in):
     "A frame as (C,H,W) in [0,1]"
     return to_unit(o if isinstance(o, Tensor) else image_tensor(o, n_in)).float()
@@ -125,12 +125,12 @@ def _input_size(h, w, size, patch):
 
 @delegates(propagate)
 def segment_video(
-    model:Learner|nn.Module, # What `encoder_of` takes, with a timm vision transformer in it
+    model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`, with a timm vision transformer in it
     frames:list, # Image files, Pillow images, or images (t,C,H,W), uint8 or floats in [0,1]
     first_mask, # Objects of the first frame: a file, a Pillow image, or labels (H,W); 255 is background
     size:int|None=480, # Short side of the frames that the model sees, in pixels; None: as they are
-    who:str='teacher', # Whose encoder: 'teacher' or 'student'
-    stats:tuple|None=None, # Mean and deviation to normalise with; default: the model's own
+    who:str='teacher', # Network to use: 'teacher' or 'student'
+    stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     **kwargs
 )->Tensor: # Labels of each frame, uint8, (t,H,W), on the CPU; the first is the mask that was given
     "Follow the objects of the first mask through a video (Caron et al. 2021, section 4.2.2)"
@@ -216,7 +216,7 @@ def video_scores(
         rows[o] = {'J&F':(j[0]+f[0])/2} | dict(zip(('J','J recall','J decay'), j)) | dict(zip(('F','F recall','F decay'), f))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('object')
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #3a5fc19c
+# %% ../../nbs/api/16_evaluation.video.ipynb #d9fab469
 def davis_sequences(
     path:str|Path, # Folder with ImageSets, JPEGImages and Annotations
     split:str='val', # 'train', 'val', 'test-dev', ...: a file of names in ImageSets/`year`
@@ -246,7 +246,7 @@ def video_accuracy(
     split:str='val', # File of names in ImageSets/`year`
     year:int=2017, # Which list of names
     res:str='480p', # Folder of frames and masks
-    progress:bool=False, # Show a progress bar?
+    progress:bool=False, # Show a progress bar
     **kwargs
 )->pd.DataFrame: # Percent; a row an object, NAME_1, NAME_2, ..., and their mean
     "J and F of all objects of DAVIS, the paper's protocol"

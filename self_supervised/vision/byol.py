@@ -14,24 +14,24 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/32_vision.byol.ipynb #21cc037f
+# %% ../../nbs/api/32_vision.byol.ipynb #9029d45b
 @delegates(get_dino_aug_pipelines)
 def get_byol_aug_pipelines(
-    num_crops:tuple=(2,0), # Number of global and of local views
-    min_scales:tuple=(0.08,0.05), # Smallest areas of the crops, as a part of the image's
+    num_crops:tuple=(2,0), # Number of global and local crops
+    min_scales:tuple=(0.08,0.05), # Minimum crop areas (global, local) as fractions of the image area
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
-    "The views of BYOL (Grill et al. 2020, appendix B)"
+)->AugPipelines: # One `View` per crop, global crops first
+    "Create the crops of BYOL (Grill et al. 2020, appendix B)"
     return get_dino_aug_pipelines(num_crops, min_scales=min_scales, **kwargs)
 
 @delegates(backbone_for, keep=True)
 def create_byol_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    out_dim:int=256, # Width of projections
-    hidden_dim:int=4096, # Width of the hidden layer of projector and predictor
-    **kwargs # For `backbone_for`
-)->TeacherStudentModel: # Student and teacher with the same weights, and a predictor
-    "Encoder and projector, twice, and a predictor"
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    out_dim:int=256, # Output dimension of the projector
+    hidden_dim:int=4096, # Dimension of the hidden layer of projector and predictor
+    **kwargs # Arguments of `backbone_for`
+)->TeacherStudentModel: # Student and teacher with identical weights, and a predictor
+    "Create a student and a teacher, each an encoder with a projector, and a predictor"
     enc,nf,stats = backbone_for(arch, **kwargs)
     return TeacherStudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,out_dim])), stats=stats, predictor=mlp([out_dim,hidden_dim,out_dim]))
 
@@ -44,12 +44,12 @@ class BYOL(TeacherStudent):
         return AttrDict(merge(d, dict(out_dim=64, hidden_dim=512) if n_images<20_000 else dict(out_dim=256, hidden_dim=4096, wd=(.05,.05))))
     def lf(self, pred, *yb): return byol_loss(pred, torch.cat(yb[0]), self.large_crop_ids)
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def byol_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_byol_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_byol_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_byol_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_byol_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.byol` and monitors
-    "A learner that pretrains `arch` with BYOL"
+    "Create a learner that pretrains `arch` with BYOL"
     return method_learner(BYOL, dls, arch, aug_pipelines, **kwargs)

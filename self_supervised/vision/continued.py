@@ -33,7 +33,7 @@ def layer_scales(
     "Layer-wise decay of the learning rate (Clark et al. 2020)"
     return np.repeat(decay**np.arange(n_groups//2-1, -1, -1.), 2)
 
-# %% ../../nbs/api/42_vision.continued.ipynb #b9fa4ec3
+# %% ../../nbs/api/42_vision.continued.ipynb #0335fae6
 class HeadFirst(Callback):
     "In the first epochs the steps leave the encoder as it is, and what is above it learns alone"
     order,run_valid = MixedPrecision.order+1,False
@@ -52,9 +52,9 @@ def continue_pretrain(self:Learner,
     decay:float=.75, # Factor of the learning rate from a layer to the one below it: .65 to .75 for ViTs, 1 for the same in all
     lr_min:float|None=None, # End of the head's cosine; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; default: the head's and then the method's, so that the encoder too begins slowly
-    wd:float|tuple|None=None, # Weight decay at the start and the end
-    scale_lr:bool=True, # Scale `lr` by images a step over 256?
-    start_epoch:int=0, # Skip the epochs before it
+    wd:float|tuple|None=None, # Initial and final weight decay
+    scale_lr:bool=True, # Scale `lr` by the number of images per optimizer step divided by 256
+    start_epoch:int=0, # First epoch; earlier epochs are skipped
     cbs:list|None=None # More callbacks for this fit
 ):
     "`pretrain` for an encoder that knows something: the head first, and lower layers more slowly"
@@ -66,7 +66,7 @@ def continue_pretrain(self:Learner,
     scales = layer_scales(len(layer_splitter(self.model)), decay)
     self.pretrain(n_epoch, ifnone(lr, d.lr)*scales, ifnone(lr_min, d.lr_min)*scales, ifnone(warmup_epochs, head_epochs+d.warmup_epochs), ifnone(wd, d.wd), scale_lr, start_epoch, L(HeadFirst(head_epochs))+L(cbs))
 
-# %% ../../nbs/api/42_vision.continued.ipynb #dccdb05d
+# %% ../../nbs/api/42_vision.continued.ipynb #5e10d6d3
 def _adaptable(attn):
     "Linear layers of an attention that are called as layers; BEiT's qkv is not where its bias stands apart"
     return [n for n,m in attn.named_children() if isinstance(m, nn.Linear) and not (n=='qkv' and getattr(attn, 'q_bias', None) is not None)]
@@ -77,7 +77,7 @@ def lora_encoder(
     n_free:int=1, # Last blocks that learn with all their weights and need no adapters
     alpha:float|None=None, # What the adapters say counts `alpha/rank` times; default: once
     pretrained:bool=True, # Released weights, for a timm name?
-    **kwargs # For `create_encoder`
+    **kwargs # Arguments of `create_encoder`
 )->nn.Module: # For `dino_learner` and all others
     "A vision transformer of which low-rank adapters, norms and the last blocks learn (Khanna et al. 2025)"
     need_extra('lora_encoder', 'peft')

@@ -15,45 +15,45 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/35_vision.contrast.ipynb #04fdfafe
+# %% ../../nbs/api/35_vision.contrast.ipynb #73d18391
 @delegates(get_dino_aug_pipelines)
 def get_simclr_aug_pipelines(
-    num_crops:tuple=(2,0), # Number of global and of local views
-    min_scales:tuple=(0.08,0.05), # Smallest areas of the crops, as a part of the image's
+    num_crops:tuple=(2,0), # Number of global and local crops
+    min_scales:tuple=(0.08,0.05), # Minimum crop areas (global, local) as fractions of the image area
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
-    "The views of SimCLR (Chen et al. 2020, appendix A)"
+)->AugPipelines: # One `View` per crop, global crops first
+    "Create the crops of SimCLR (Chen et al. 2020, appendix A)"
     return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, blur_p=.5, solarize_p=0., brightness=.8, contrast=.8),
                                                      dict(saturation=.8, hue=.2) if kwargs.get('n_in', 3)==3 else {}, kwargs))
 
 @delegates(get_dino_aug_pipelines)
 def get_barlow_aug_pipelines(
-    num_crops:tuple=(2,0), # Number of global and of local views
-    min_scales:tuple=(0.08,0.05), # Smallest areas of the crops, as a part of the image's
+    num_crops:tuple=(2,0), # Number of global and local crops
+    min_scales:tuple=(0.08,0.05), # Minimum crop areas (global, local) as fractions of the image area
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
-    "The views of Barlow Twins, which are those of BYOL (Zbontar et al. 2021, section 2.2)"
+)->AugPipelines: # One `View` per crop, global crops first
+    "Create the crops of Barlow Twins, which are those of BYOL (Zbontar et al. 2021, section 2.2)"
     return get_dino_aug_pipelines(num_crops, min_scales=min_scales, **kwargs)
 
 @delegates(backbone_for, keep=True)
 def create_simclr_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    out_dim:int=128, # Width of projections
-    hidden_dim:int=2048, # Width of the hidden layer
-    **kwargs # For `backbone_for`
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    out_dim:int=128, # Output dimension of the projector
+    hidden_dim:int=2048, # Dimension of the hidden layer
+    **kwargs # Arguments of `backbone_for`
 )->StudentModel:
-    "Encoder and projector"
+    "Create an encoder with a projector"
     enc,nf,stats = backbone_for(arch, **kwargs)
     return StudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,out_dim], last_bn=True)), stats=stats)
 
 @delegates(backbone_for, keep=True)
 def create_barlow_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    out_dim:int=8192, # Width of projections; wide is good
-    hidden_dim:int=8192, # Width of the hidden layers
-    **kwargs # For `backbone_for`
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    out_dim:int=8192, # Output dimension of the projector; larger is better
+    hidden_dim:int=8192, # Dimension of the hidden layers
+    **kwargs # Arguments of `backbone_for`
 )->StudentModel:
-    "Encoder and projector"
+    "Create an encoder with a projector"
     enc,nf,stats = backbone_for(arch, **kwargs)
     return StudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,hidden_dim,out_dim])), stats=stats)
 
@@ -62,7 +62,7 @@ class SimCLR(MultiView):
     create,views = staticmethod(create_simclr_model),staticmethod(get_simclr_aug_pipelines)
     @delegates(MultiView.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_simclr_aug_pipelines`
+        aug_pipelines:list, # One callable per crop, see `get_simclr_aug_pipelines`
         temp:float=0.1, # Temperature; .1 for batches of thousands, up to .5 for small ones
         **kwargs
     ):
@@ -78,7 +78,7 @@ class BarlowTwins(MultiView):
     create,views = staticmethod(create_barlow_model),staticmethod(get_barlow_aug_pipelines)
     @delegates(MultiView.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_barlow_aug_pipelines`
+        aug_pipelines:list, # One callable per crop, see `get_barlow_aug_pipelines`
         lam:float=0.0051, # Weight of the correlations between different dimensions
         **kwargs
     ):
@@ -89,22 +89,22 @@ class BarlowTwins(MultiView):
         return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=256, hidden_dim=256) if n_images<20_000 else dict(out_dim=8192, hidden_dim=8192, wd=(.05,.05)), dict(lam=.0051)))
     def lf(self, proj, *yb): return barlow_loss(joint_rows(proj, self.n_views), self.n_views, self.lam, self.large_crop_ids)
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def simclr_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_simclr_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_simclr_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_simclr_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_simclr_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.simclr` and monitors
-    "A learner that pretrains `arch` with SimCLR"
+    "Create a learner that pretrains `arch` with SimCLR"
     return method_learner(SimCLR, dls, arch, aug_pipelines, **kwargs)
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def barlow_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_barlow_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_barlow_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_barlow_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_barlow_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.barlowtwins` and monitors
-    "A learner that pretrains `arch` with Barlow Twins"
+    "Create a learner that pretrains `arch` with Barlow Twins"
     return method_learner(BarlowTwins, dls, arch, aug_pipelines, **kwargs)

@@ -22,7 +22,7 @@ from ..distributed import *
 from ..monitors import *
 from ..memory import *
 
-# %% ../../nbs/api/30_vision.core.ipynb #1c69ef38
+# %% ../../nbs/api/30_vision.core.ipynb #486f49ec
 def split_forward(
     model:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`, or any module
     x:Tensor|list # Images or views
@@ -36,7 +36,7 @@ class StudentModel(Module):
     "A network that learns from views, with the statistics that its images are normalised with"
     def __init__(self,
         student:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`
-        stats:tuple|None=None # Mean and deviation of the channels; the method sets them to those of its pipelines
+        stats:tuple|None=None # Mean and std per channel; the method sets them to those of its crops
     ):
         self.student = student
         self._first_stats(stats)
@@ -73,7 +73,7 @@ class TeacherStudentModel(StudentModel):
     def __init__(self,
         student:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), head)`
         teacher:nn.Module|None=None, # The same shape; its weights are replaced by the student's. Default: a copy of the student
-        stats:tuple|None=None, # Mean and deviation of the channels; the method sets them to those of its pipelines
+        stats:tuple|None=None, # Mean and std per channel; the method sets them to those of its crops
         predictor:nn.Module|None=None # What the student has on top of its head, and the teacher has not
     ):
         ids = {id(p) for p in student.parameters()}
@@ -132,12 +132,12 @@ class Queue(Module):
         self.seen += len(x)
 
 def backbone_for(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    pretrained:bool=False, # Start from timm's released weights?
-    n_in:int=3, # Channels of the images
-    drop_path_rate:float=0., # Stochastic depth of the student
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    pretrained:bool=False, # Load timm's pretrained weights
+    n_in:int=3, # Number of image channels
+    drop_path_rate:float=0., # Stochastic depth rate of the student
     size:int|None=None, # Side of the images that its features are counted with; default: the encoder's own
-    **kwargs # For `create_encoder`
+    **kwargs # Arguments of `create_encoder`
 )->tuple: # The encoder in a `MultiCropWrapper`, its number of features, and its statistics
     "What a head is put on"
     enc = create_encoder(arch, pretrained, n_in, drop_path_rate, **kwargs)
@@ -177,7 +177,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/api/30_vision.core.ipynb #442fdab8
+# %% ../../nbs/api/30_vision.core.ipynb #01ad3b52
 class _Table(ProgressCallback):
     "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
     name = 'progress'
@@ -227,7 +227,7 @@ class MultiView(Callback):
     def __init__(self,
         aug_pipelines:list, # One callable a view: (bs,C,H,W) in [0,1] to (bs,C,size,size)
         large_crop_ids:tuple=(0,1), # Which of them are global: seen by a teacher, or paired with all others
-        clip:float|None=None, # Largest norm of each parameter's gradient; None: off
+        clip:float|None=None, # Maximum gradient norm per parameter; None disables clipping
         stats:tuple|None=None # Mean and deviation that the views are normalised with, where the pipelines do not say; ([0]*3,[1]*3): not at all
     ):
         self.aug_pipelines,self.large_crop_ids,self.clip,self.stats,self.old_lf = aug_pipelines,tuple(sorted(set(large_crop_ids))),clip,stats,None
@@ -345,12 +345,12 @@ class MultiView(Callback):
 
     def show(self,
         n:int=4, # Images to show
-        **kwargs # For `show_views`
+        **kwargs # Arguments of `show_views`
     ):
         "The views of a batch of training images, without touching the run"
         with random_kept(): return show_views(peek(self.dls, n, shuffle=True)[0], self.aug_pipelines, n, **kwargs)
 
-# %% ../../nbs/api/30_vision.core.ipynb #b206e0fb
+# %% ../../nbs/api/30_vision.core.ipynb #65709fd2
 @torch.no_grad()
 def ema_update(
     teacher:nn.Module, # Moves
@@ -368,12 +368,12 @@ class TeacherStudent(MultiView):
     needs = ('student','teacher')
     def __init__(self,
         aug_pipelines:list, # One callable a view, global ones among them
-        large_crop_ids:tuple=(0,1), # Which views the teacher sees
-        tmom_start:float=0.996, # Momentum of the teacher at the start
+        large_crop_ids:tuple=(0,1), # Indices of the crops that the teacher receives (global crops)
+        tmom_start:float=0.996, # Initial EMA momentum of the teacher
         tmom_end:float|None=1., # ... and at the end; None: as at the start
         tmom_sched:Callable=SchedCos, # ... and in between, by the iteration
         teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
-        clip:float|None=None, # Largest norm of each parameter's gradient; None: off
+        clip:float|None=None, # Maximum gradient norm per parameter; None disables clipping
         stats:tuple|None=None # Mean and deviation that the views are normalised with, where the pipelines do not say; ([0]*3,[1]*3): not at all
     ):
         super().__init__(aug_pipelines, large_crop_ids, clip, stats)
@@ -446,7 +446,7 @@ def precision_cb(
     if precision not in ('fp32','bf16','fp16'): raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16' or None")
     return None if precision=='fp32' else AnyMixedPrecision(precision)
 
-# %% ../../nbs/api/30_vision.core.ipynb #755a777a
+# %% ../../nbs/api/30_vision.core.ipynb #93098339
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -457,7 +457,7 @@ def dino_opt(params, lr, **kwargs)->OptimWrapper:
     return TorchOptim(params, torch.optim.AdamW, lr=lr, betas=(.9,.999), eps=1e-8, fused=True)
 
 def crop_sizes_for(
-    size:int, # Side of the images, in pixels
+    size:int, # Image size in pixels
     encoder:nn.Module # The encoder, whose patches the views must be made of
 )->tuple: # Sides of the global and of the local views
     "224 and 96 pixels or, for smaller images, sides in that proportion"
@@ -473,9 +473,9 @@ def _checkpoint_activations(encoder):
 
 def method_learner(
     method:type, # A subclass of `MultiView` with `create`, `views` and `defaults`
-    dls:DataLoaders, # Images, labelled or not, not normalised; see `unlabelled_dls`
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or a model that `method.create` made
-    aug_pipelines:list|None=None, # One callable a view; default: the method's recipe for the size of the images
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, features), or a model that `method.create` made
+    aug_pipelines:list|None=None, # One callable per crop; default: the method's recipe for the size of the images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
     compile:bool=False, # Compile the encoders? The first batches take minutes, then it is faster; names of weights stay
@@ -517,7 +517,7 @@ def method_learner(
     learn = Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
     return learn if bs is None else with_smaller_batches(learn, largest_batch(partial(step_fits, learn, x[:1]), find_bs_of(dls)))
 
-# %% ../../nbs/api/30_vision.core.ipynb #c3fc86ef
+# %% ../../nbs/api/30_vision.core.ipynb #1e54b335
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -547,9 +547,9 @@ def pretrain(self:Learner,
     lr:float|slice|np.ndarray|None=None, # Peak learning rate for a batch of 256, one for each parameter group, or a slice from the first layers to the last; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
     lr_min:float|np.ndarray|None=None, # End of its cosine; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; clamped where the run is shorter
-    wd:float|tuple|None=None, # Weight decay at the start and the end
-    scale_lr:bool=True, # Scale `lr` by images a step over 256?
-    start_epoch:int=0, # Skip the epochs before it
+    wd:float|tuple|None=None, # Initial and final weight decay
+    scale_lr:bool=True, # Scale `lr` by the number of images per optimizer step divided by 256
+    start_epoch:int=0, # First epoch; earlier epochs are skipped
     cbs:list|None=None # More callbacks for this fit
 ):
     "Fit with warm-up and cosine of the learning rate, a cosine of the weight decay, and AdamW if no optimizer was chosen"

@@ -71,19 +71,19 @@ def _n_out(m):
     if not n: raise ValueError("cannot tell the number of prototypes: let the student end in a DINOHead or in a layer with out_features")
     return n[-1]
 
-# %% ../../nbs/api/31_vision.dino.ipynb #5040fa94
+# %% ../../nbs/api/31_vision.dino.ipynb #246ddf7b
 @delegates(DINOHead.__init__, keep=True)
 def create_dino_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
     out_dim:int=65536, # K, the number of prototypes
-    drop_path_rate:float=0.1, # Stochastic depth of the student; the teacher has none
-    pretrained:bool=False, # Start from timm's released weights?
-    n_in:int=3, # Channels of the images
+    drop_path_rate:float=0.1, # Stochastic depth rate of the student; the teacher has none
+    pretrained:bool=False, # Load timm's pretrained weights
+    n_in:int=3, # Number of image channels
     size:int|None=None, # Side of the images that the head's input is measured with; default: the encoder's own
     predictor:bool=False, # Give the student a predictor in front of its prototypes, as BYOL has one?
     parts:list=(), # More terms of the loss, such as `KoLeo` and `IBOT`
     **kwargs # For `DINOHead`: use_bn, norm_last_layer, nlayers, hidden_dim, bottleneck_dim, act; others go to `create_encoder`
-)->DINOModel: # Student and teacher with the same weights
+)->DINOModel: # Student and teacher with identical weights
     "Encoder and head, twice"
     names = inspect.signature(DINOHead.__init__).parameters
     enc,nf,stats = backbone_for(arch, pretrained, n_in, drop_path_rate, size, **{k:v for k,v in kwargs.items() if k not in names})
@@ -92,7 +92,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/api/31_vision.dino.ipynb #f67453c4
+# %% ../../nbs/api/31_vision.dino.ipynb #a3f0a027
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -109,19 +109,19 @@ class DINO(TeacherStudent):
     "Self-distillation with no labels (Caron et al. 2021)"
     create,carried,needs = staticmethod(create_dino_model),('out_sum','out_n','part_sums'),('student','teacher','C')
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_dino_aug_pipelines`
-        large_crop_ids:tuple=(0,1), # Which views the teacher sees
+        aug_pipelines:list, # One callable per crop, see `get_dino_aug_pipelines`
+        large_crop_ids:tuple=(0,1), # Indices of the crops that the teacher receives (global crops)
         cmom:float=0.9, # Momentum of the centre
-        tmom_start:float=0.996, # Momentum of the teacher at the start; lower in short runs, .9995 for a batch of 256 on a million images
+        tmom_start:float=0.996, # Initial EMA momentum of the teacher; lower in short runs, .9995 for a batch of 256 on a million images
         tmom_end:float=1., # ... and at the end
         tmom_sched:Callable=SchedCos, # ... and in between, by the iteration
-        tpt_start:float=0.04, # Temperature of the teacher at the start of its warm-up
+        tpt_start:float=0.04, # Initial teacher temperature of the warm-up
         tpt_end:float=0.04, # ... and after it, or throughout where there is none; decrease it if the loss does not, above .07 is mostly unstable
         tpt_warmup_pct:float=0., # Part of training for that warm-up
         tpt_sched:Callable=SchedLin, # Its shape, by the epoch
         tps:float=0.1, # Temperature of the student
         freeze_last_layer:int=1, # Epochs that the last layer stays as drawn; more if the loss does not decrease
-        clip:float|None=3., # Largest norm of each parameter's gradient; None: off
+        clip:float|None=3., # Maximum gradient norm per parameter; None disables clipping
         chunked_loss:bool=False, # Never hold the logits of all views at a time? Less memory where K is large, the same numbers
         target:str|Callable='centering', # 'centering', 'sinkhorn', 'softmax' over the batch, 'none'; or a function of teacher logits, centre and temperature
         loss:str|Callable='cross_entropy', # 'cross_entropy' or 'mse'; or a function of student logits, targets, temperature and `large_crop_ids`
@@ -221,12 +221,12 @@ class DINO(TeacherStudent):
         super().after_step()
         self._forget()
 
-# %% ../../nbs/api/31_vision.dino.ipynb #bb1feb15
-@delegates(method_learner)
+# %% ../../nbs/api/31_vision.dino.ipynb #b25224e2
+@delegates(method_learner, keep=True)
 def dino_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised; see `unlabelled_dls`
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or a `DINOModel`
-    aug_pipelines:list|None=None, # One callable a view; default: `get_dino_aug_pipelines` for the size of the images
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, features), or a `DINOModel`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_dino_aug_pipelines` for the size of the images
     out_dim:int|None=None, # K, the number of prototypes; default: by the number of images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
@@ -236,16 +236,16 @@ def dino_learner(
     if out_dim is not None: kwargs['out_dim'] = out_dim
     return method_learner(DINO, dls, arch, aug_pipelines, precision, cbs, **kwargs)
 
-# %% ../../nbs/api/31_vision.dino.ipynb #43f6c010
+# %% ../../nbs/api/31_vision.dino.ipynb #c8b99a04
 @patch
 def fit_dino(self:Learner,
     n_epoch:int, # Epochs
     lr:float|None=None, # Peak learning rate for a batch of 256; try decreasing it if the loss jumps. With what `lr_find` suggests pass scale_lr=False
     lr_min:float|None=None, # End of its cosine; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; clamped where the run is shorter
-    wd:float|tuple|None=None, # Weight decay at the start and the end
-    scale_lr:bool=True, # Scale `lr` by images a step over 256?
-    start_epoch:int=0, # Skip the epochs before it
+    wd:float|tuple|None=None, # Initial and final weight decay
+    scale_lr:bool=True, # Scale `lr` by the number of images per optimizer step divided by 256
+    start_epoch:int=0, # First epoch; earlier epochs are skipped
     cbs:list|None=None # More callbacks for this fit
 ):
     "`pretrain` with DINO"

@@ -15,12 +15,12 @@ from ..checkpoints import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/39_vision.distill.ipynb #b5ac2452
+# %% ../../nbs/api/39_vision.distill.ipynb #51b92776
 @delegates(backbone_for, keep=True)
 def create_distill_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
     out_dim:int, # Features of the teacher
-    **kwargs # For `backbone_for`
+    **kwargs # Arguments of `backbone_for`
 )->StudentModel: # Its teacher is not in it
     "Encoder, and a linear layer to the teacher's features"
     enc,nf,stats = backbone_for(arch, **kwargs)
@@ -31,8 +31,8 @@ class Distill(MultiView):
     create = staticmethod(create_distill_model)
     @delegates(MultiView.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_dino_aug_pipelines`
-        teacher:nn.Module, # Images in, (bs, features) out
+        aug_pipelines:list, # One callable per crop, see `get_dino_aug_pipelines`
+        teacher:nn.Module, # Module that maps images to (bs, n_features)
         teacher_stats:tuple|None=None, # Mean and deviation of the teacher's images; default: its own, see `norm_stats`; images in [0,1] where it has none
         loss:str='cosine', # 'cosine' or 'mse'
         **kwargs
@@ -55,12 +55,12 @@ class Distill(MultiView):
 
     def lf(self, pred, *yb): return distill_loss(pred, torch.cat(yb[0]), len(yb[0]), self.loss, gather_rows)
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def distill_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # The student: a timm name, a module that turns images into (bs, features), or what `create_distill_model` made
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # The student: a timm name, a module that turns images into (bs, n_features), or the result of `create_distill_model`
     teacher:str|nn.Module|Learner, # A timm name, whose released weights are taken, or what `encoder_of` takes; it is not copied, and its weights stay as they are
-    aug_pipelines:list|None=None, # One callable a view; default: `get_dino_aug_pipelines` for the size of the images
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_dino_aug_pipelines` for the size of the images
     **kwargs
 )->Learner: # With `learn.distill` and monitors
     "A learner that teaches `arch` what `teacher` knows"

@@ -14,25 +14,25 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/36_vision.lejepa.ipynb #b7a8bc17
+# %% ../../nbs/api/36_vision.lejepa.ipynb #f6349df1
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
-    num_crops:tuple=(2,6), # Number of global and of local views
-    min_scales:tuple=(0.3,0.05), # Smallest areas of the crops, as a part of the image's
-    max_scales:tuple=(1.,0.3), # Largest areas
+    num_crops:tuple=(2,6), # Number of global and local crops
+    min_scales:tuple=(0.3,0.05), # Minimum crop areas (global, local) as fractions of the image area
+    max_scales:tuple=(1.,0.3), # Maximum crop areas (global, local)
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
+)->AugPipelines: # One `View` per crop, global crops first
     "The views of LeJEPA: the same colours for all (Balestriero and LeCun 2025)"
     return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, max_scales=max_scales, blur_p=.5, solarize_p=.2), kwargs))
 
 @delegates(backbone_for, keep=True)
 def create_lejepa_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    out_dim:int=128, # Width of projections
-    hidden_dim:int=2048, # Width of the hidden layers
-    **kwargs # For `backbone_for`
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    out_dim:int=128, # Output dimension of the projector
+    hidden_dim:int=2048, # Dimension of the hidden layers
+    **kwargs # Arguments of `backbone_for`
 )->StudentModel:
-    "Encoder and projector"
+    "Create an encoder with a projector"
     enc,nf,stats = backbone_for(arch, **kwargs)
     return StudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,hidden_dim,out_dim])), stats=stats)
 
@@ -47,7 +47,7 @@ class LeJEPA(MultiView):
     create,views = staticmethod(create_lejepa_model),staticmethod(get_lejepa_aug_pipelines)
     @delegates(MultiView.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_lejepa_aug_pipelines`
+        aug_pipelines:list, # One callable per crop, see `get_lejepa_aug_pipelines`
         lam:float=0.05, # Weight of `sigreg`: .05 for a batch of 64, .2 for 16; more where the effective rank falls
         n_dirs:int=256, # Random directions a step
         **kwargs
@@ -67,12 +67,12 @@ class LeJEPA(MultiView):
         dirs = gather_rows(torch.randn(self.n_dirs, proj.shape[1], device=proj.device))[:self.n_dirs]      # the first process's, for all
         return lejepa_loss(joint_rows(proj, self.n_views), dirs, self.n_views, self.lam, self.large_crop_ids)
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def lejepa_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_lejepa_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_lejepa_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_lejepa_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_lejepa_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.lejepa` and monitors
-    "A learner that pretrains `arch` with LeJEPA"
+    "Create a learner that pretrains `arch` with LeJEPA"
     return method_learner(LeJEPA, dls, arch, aug_pipelines, **kwargs)

@@ -14,14 +14,14 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/33_vision.moco.ipynb #8fd14bd4
+# %% ../../nbs/api/33_vision.moco.ipynb #1c02458e
 @delegates(get_dino_aug_pipelines)
 def get_moco_aug_pipelines(
-    num_crops:tuple=(2,0), # Number of global and of local views
-    min_scales:tuple=(0.2,0.05), # Smallest areas of the crops, as a part of the image's
+    num_crops:tuple=(2,0), # Number of global and local crops
+    min_scales:tuple=(0.2,0.05), # Minimum crop areas (global, local) as fractions of the image area
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
-    "The views of MoCo v2 (Chen et al. 2020)"
+)->AugPipelines: # One `View` per crop, global crops first
+    "Create the crops of MoCo v2 (Chen et al. 2020)"
     return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, blur_p=.5, solarize_p=0.), dict(saturation=.4) if kwargs.get('n_in', 3)==3 else {}, kwargs))
 
 class MoCoModel(TeacherStudentModel):
@@ -29,20 +29,20 @@ class MoCoModel(TeacherStudentModel):
     def __init__(self,
         student:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), projector)`
         queue:Queue, # Of keys, as wide as projections are
-        **kwargs # For `TeacherStudentModel`
+        **kwargs # Arguments of `TeacherStudentModel`
     ):
         super().__init__(student, **kwargs)
         self.queue = queue
 
 @delegates(backbone_for, keep=True)
 def create_moco_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    out_dim:int=128, # Width of projections
-    hidden_dim:int=2048, # Width of the hidden layer
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    out_dim:int=128, # Output dimension of the projector
+    hidden_dim:int=2048, # Dimension of the hidden layer
     queue:int=65536, # Keys to tell apart from, fewer than there are images
-    **kwargs # For `backbone_for`
-)->MoCoModel: # Student and teacher with the same weights, and a queue
-    "Encoder and projector, twice, and a queue"
+    **kwargs # Arguments of `backbone_for`
+)->MoCoModel: # Student and teacher with identical weights, and a queue
+    "Create a student and a teacher, each an encoder with a projector, and a queue of keys"
     enc,nf,stats = backbone_for(arch, **kwargs)
     return MoCoModel(nn.Sequential(enc, mlp([nf,hidden_dim,out_dim], use_bn=False)), Queue(queue, out_dim), stats=stats)
 
@@ -51,9 +51,9 @@ class MoCo(TeacherStudent):
     create,views,carried,needs = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines),('keys',),('student','teacher','queue')
     @delegates(TeacherStudent.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_moco_aug_pipelines`
+        aug_pipelines:list, # One callable per crop, see `get_moco_aug_pipelines`
         temp:float=0.2, # Temperature
-        tmom_start:float=0.999, # Momentum of the teacher at the start
+        tmom_start:float=0.999, # Initial EMA momentum of the teacher
         tmom_end:float|None=None, # ... and at the end; default: as at the start
         **kwargs
     ):
@@ -79,12 +79,12 @@ class MoCo(TeacherStudent):
         self.keys = []
         super().after_step()
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def moco_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_moco_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_moco_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_moco_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_moco_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.moco` and monitors
-    "A learner that pretrains `arch` with MoCo v2"
+    "Create a learner that pretrains `arch` with MoCo v2"
     return method_learner(MoCo, dls, arch, aug_pipelines, **kwargs)

@@ -14,17 +14,17 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/37_vision.simdino.ipynb #7544a70d
+# %% ../../nbs/api/37_vision.simdino.ipynb #60b34e47
 @delegates(backbone_for, keep=True)
 def create_simdino_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
-    out_dim:int=256, # Width of projections
-    hidden_dim:int=2048, # Width of the hidden layers
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
+    out_dim:int=256, # Output dimension of the projector
+    hidden_dim:int=2048, # Dimension of the hidden layers
     use_bn:bool=False, # BatchNorm after them
-    drop_path_rate:float=0.1, # Stochastic depth of the student
-    **kwargs # For `backbone_for`
-)->TeacherStudentModel: # Student and teacher with the same weights
-    "Encoder and projector, twice"
+    drop_path_rate:float=0.1, # Stochastic depth rate of the student
+    **kwargs # Arguments of `backbone_for`
+)->TeacherStudentModel: # Student and teacher with identical weights
+    "Create a student and a teacher, each an encoder with a projector"
     enc,nf,stats = backbone_for(arch, drop_path_rate=drop_path_rate, **kwargs)
     return TeacherStudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,hidden_dim,out_dim], use_bn, nn.GELU)), stats=stats)
 
@@ -33,10 +33,10 @@ class SimDINO(TeacherStudent):
     create = staticmethod(create_simdino_model)
     @delegates(TeacherStudent.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_dino_aug_pipelines`
+        aug_pipelines:list, # One callable per crop, see `get_dino_aug_pipelines`
         eps:float=0.5, # Precision of the coding rate
         weight:float=1., # Of the coding rate
-        clip:float|None=3., # Largest norm of each parameter's gradient; None: off
+        clip:float|None=3., # Maximum gradient norm per parameter; None disables clipping
         **kwargs
     ):
         super().__init__(aug_pipelines, clip=clip, **kwargs)
@@ -48,12 +48,12 @@ class SimDINO(TeacherStudent):
 
     def lf(self, pred, *yb): return simdino_loss(pred, torch.cat(yb[0]), self.eps, self.weight, self.large_crop_ids, joint_rows)
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def simdino_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_simdino_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_dino_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_simdino_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_dino_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.simdino` and monitors
-    "A learner that pretrains `arch` with SimDINO"
+    "Create a learner that pretrains `arch` with SimDINO"
     return method_learner(SimDINO, dls, arch, aug_pipelines, **kwargs)

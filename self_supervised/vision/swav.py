@@ -14,15 +14,15 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/34_vision.swav.ipynb #e06ce301
+# %% ../../nbs/api/34_vision.swav.ipynb #fbd4e415
 @delegates(get_dino_aug_pipelines)
 def get_swav_aug_pipelines(
-    num_crops:tuple=(2,6), # Number of global and of local views
-    min_scales:tuple=(0.14,0.05), # Smallest areas of the crops, as a part of the image's
-    max_scales:tuple=(1.,0.14), # Largest areas
+    num_crops:tuple=(2,6), # Number of global and local crops
+    min_scales:tuple=(0.14,0.05), # Minimum crop areas (global, local) as fractions of the image area
+    max_scales:tuple=(1.,0.14), # Maximum crop areas (global, local)
     **kwargs
-)->AugPipelines: # One `View` for each view, global ones first
-    "The views of SwAV (Caron et al. 2020, section 3.2)"
+)->AugPipelines: # One `View` per crop, global crops first
+    "Create the crops of SwAV (Caron et al. 2020, section 3.2)"
     return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, max_scales=max_scales, blur_p=.5, solarize_p=0., brightness=.8, contrast=.8),
                                                      dict(saturation=.8, hue=.2) if kwargs.get('n_in', 3)==3 else {}, kwargs))
 
@@ -31,7 +31,7 @@ class SwAVModel(StudentModel):
     def __init__(self,
         student:nn.Module, # `nn.Sequential(MultiCropWrapper(encoder), DINOHead(...))`
         queues:list=(), # A `Queue` for each global view, or none
-        **kwargs # For `StudentModel`
+        **kwargs # Arguments of `StudentModel`
     ):
         super().__init__(student, **kwargs)
         self.queues = nn.ModuleList(queues)
@@ -44,15 +44,15 @@ class SwAVModel(StudentModel):
 
 @delegates(backbone_for, keep=True)
 def create_swav_model(
-    arch:str|nn.Module, # A timm name, or a module that turns images into (bs, features)
+    arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
     out_dim:int=3000, # Prototypes
-    bottleneck_dim:int=128, # Width of projections
-    hidden_dim:int=2048, # Width of the hidden layer
+    bottleneck_dim:int=128, # Output dimension of the projector
+    hidden_dim:int=2048, # Dimension of the hidden layer
     queue:int=0, # Earlier projections to share out beside each batch; 0: none
     n_large:int=2, # Global views
-    **kwargs # For `backbone_for`
+    **kwargs # Arguments of `backbone_for`
 )->SwAVModel:
-    "Encoder, projector and prototypes"
+    "Create an encoder with a projector and prototypes"
     enc,nf,stats = backbone_for(arch, **kwargs)
     head = DINOHead(nf, out_dim, use_bn=True, nlayers=2, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, act=nn.ReLU)
     return SwAVModel(nn.Sequential(enc, head), [Queue(queue, bottleneck_dim) for _ in range(n_large)] if queue else [], stats=stats)
@@ -63,11 +63,11 @@ class SwAV(MultiView):
     create,views,carried = staticmethod(create_swav_model),staticmethod(get_swav_aug_pipelines),('rows',)
     @delegates(MultiView.__init__)
     def __init__(self,
-        aug_pipelines:list, # One callable a view, see `get_swav_aug_pipelines`
+        aug_pipelines:list, # One callable per crop, see `get_swav_aug_pipelines`
         tps:float=0.1, # Temperature of the student
         temp:float=0.05, # Temperature of the assignments; half of it on small data
         n_iter:int=3, # Rounds of `sinkhorn_knopp`
-        freeze_last_layer:int=1, # Epochs that the prototypes stay as drawn
+        freeze_last_layer:int=1, # Number of epochs to keep the prototypes frozen
         queue_from:int=15, # Epoch from which the queue is used; earlier in short runs
         **kwargs
     ):
@@ -109,12 +109,12 @@ class SwAV(MultiView):
             for q,rows in zip(self.nets.queues, torch.cat(self.rows, 1)): q.push(gather_rows(rows))
         self.rows,self.skipped = [],False
 
-@delegates(method_learner)
+@delegates(method_learner, keep=True)
 def swav_learner(
-    dls:DataLoaders, # Images, labelled or not, not normalised
-    arch:str|nn.Module, # A timm name, a module that turns images into (bs, features), or what `create_swav_model` made
-    aug_pipelines:list|None=None, # One callable a view; default: `get_swav_aug_pipelines`
+    dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_swav_model`
+    aug_pipelines:list|None=None, # One callable per crop; default: `get_swav_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.swav` and monitors
-    "A learner that pretrains `arch` with SwAV"
+    "Create a learner that pretrains `arch` with SwAV"
     return method_learner(SwAV, dls, arch, aug_pipelines, **kwargs)
