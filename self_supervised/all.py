@@ -23,6 +23,7 @@ from .evaluation.unlabelled import *
 from .monitors import *
 from .runs import *
 from .memory import *
+from .callbacks import *
 from .vision.core import *
 from .vision.dino import *
 from .vision.byol import *

@@ -15,7 +15,7 @@ from .features import *
 from .objectives import *
 from .evaluation.knn import *
 
-# %% ../nbs/api/20_monitors.ipynb #568419d2
+# %% ../nbs/api/20_monitors.ipynb #354d3e75
 _ends = (CancelFitException, CancelEpochException, CancelTrainException, CancelValidException, CancelBatchException, CancelStepException, CancelBackwardException)
 
 def _value(f, name):
@@ -38,7 +38,7 @@ class Monitor(Callback):
     order,run_valid,column,failed = MixedPrecision.order+8,False,None,-1       # behind the method (+2), before Recorder (50)
     def before_fit(self):
         self.number,self.messages = math.nan,[]                  # not None, which TensorBoard refuses
-        if not no_fit(self.learn): set_metrics(self.learn, **{self.column: self.value})
+        set_metrics(self.learn, **{self.column: self.value})
     def value(self): return self.number
 
     def __call__(self, event_name):

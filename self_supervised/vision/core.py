@@ -7,7 +7,7 @@ __all__ = ['split_forward', 'StudentModel', 'TeacherStudentModel', 'Part', 'Queu
            'no_last_layer_grads', 'MultiView', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb',
            'TorchOptim', 'dino_opt', 'crop_sizes_for', 'method_learner', 'fit_settings']
 
-# %% ../../nbs/api/30_vision.core.ipynb #95808604
+# %% ../../nbs/api/30_vision.core.ipynb #32cd4c80
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision, AMPMode
 import inspect
@@ -21,6 +21,7 @@ from ..checkpoints import *
 from ..distributed import *
 from ..monitors import *
 from ..memory import *
+from ..callbacks import *
 
 # %% ../../nbs/api/30_vision.core.ipynb #486f49ec
 def split_forward(
@@ -177,50 +178,7 @@ def no_last_layer_grads(
     for n,p in net.named_parameters():
         if 'last_layer' in n: p.grad = None
 
-# %% ../../nbs/api/30_vision.core.ipynb #01ad3b52
-class _Table(ProgressCallback):
-    "A number is at most as wide as its column, which fastprogress does not look after, and what was not measured is left empty"
-    name = 'progress'
-    def _write_stats(self, log):
-        def cell(v, name):
-            if not isinstance(v, float): return v
-            fits = [s for d in range(6, -1, -1) if len(s := f'{v:.{d}f}')<=max(8, len(name))]
-            return '' if math.isnan(v) else (fits or [f'{v:.1e}'])[0]
-        super()._write_stats([cell(v, n) for v,n in zip(log, self.recorder.metric_names)] if len(log)==len(self.recorder.metric_names) else log)
-
-_plot_loss,_draw_graph = Recorder.plot_loss,ShowGraphCallback.after_epoch
-
-# Without validation images fastai 2.8.12 plots another column as the validation loss, or ends in an error
-@functools.wraps(_plot_loss)
-def _plot_train_loss(self, *args, with_valid=True, **kwargs): return _plot_loss(self, *args, with_valid=with_valid and 'valid_loss' in self.metric_names, **kwargs)
-
-@functools.wraps(_draw_graph)
-def _draw_train_graph(self):
-    if 'valid_loss' in self.recorder.metric_names: return _draw_graph(self)
-    losses = [float(o) for o in self.recorder.losses]
-    if self.nb_batches: self.progress.mbar.update_graph([(range_of(losses), losses),([],[])], (0, self.n_epoch*self.nb_batches[0]), (0, max(losses)))
-
-Recorder.plot_loss,ShowGraphCallback.after_epoch = _plot_train_loss,_draw_train_graph
-
-def _fit_in(cb, has_valid):
-    "Adapt fastai's own callbacks to a fit with crops, and with or without validation images"
-    if type(cb) is ProgressCallback: object.__setattr__(cb, '__class__', _Table)               # `no_bar` makes a new one each time
-    if isinstance(cb, MixHandler):
-        raise ValueError(f"{type(cb).__name__} mixes the labels of images, and pretraining has none: leave it out here, and pass it to finetune_learner")
-    if not has_valid and vars(cb).get('monitor')=='valid_loss':
-        cb.monitor = 'train_loss'
-        warnings.warn(f"{type(cb).__name__} watches train_loss: there are no validation images, and so no valid_loss; unlabelled_dls(..., valid_pct=.1) keeps some")
-
-def _refuse_tools(learn):
-    "Raise a `ValueError` where a tool of fastai would do something else in pretraining than it says"
-    names = {type(cb).__name__ for cb in learn.cbs}
-    if 'BnFreeze' in names and getattr(get_model(learn.model), 'teacher', None) is not None:
-        raise ValueError("BnFreeze would put the teacher's BatchNorm on running statistics that nothing updates: leave it out when pretraining")
-    if 'ReduceLROnPlateau' in names and (isinstance(learn.opt, OptimWrapper) or any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in learn.cbs)):
-        raise ValueError("ReduceLROnPlateau changes nothing here: a schedule sets the learning rate, or fastai's OptimWrapper hides it. Leave it out, or pass opt_func=Adam and call learn.fit")
-    if learn.splitter is dino_splitter and getattr(learn.opt, 'frozen_idx', 0)>0:
-        raise ValueError("freeze() would freeze biases and norms, for the parameter groups are those without and with weight decay: call learn.unfreeze(), and learn.continue_pretrain to train the head first")
-
+# %% ../../nbs/api/30_vision.core.ipynb #f21affb4
 class MultiView(Callback):
     "Replaces each batch by views of it and the loss by the method's, `lf`; puts both back"
     order = MixedPrecision.order+2                               # inside autocast, behind gradient clipping
@@ -268,18 +226,17 @@ class MultiView(Callback):
         if self.learn.loss_func!=self.lf: self.old_lf,self.learn.loss_func = self.learn.loss_func,self.lf   # Ctrl-C may have left ours there
         self.learn.model.zero_grad()                             # nor does an unfinished accumulation leak into this fit
         self._check_model()
-        for cb in self.learn.cbs: _fit_in(cb, len(self.dls.valid)>0)
-        _refuse_tools(self.learn)
+        adapt_callbacks(self.learn)
         self._set_stats()
         self.learn.global_feats,self.learn.view_stats,self.skipped = None,None,False
-        if len(self.dls.valid)==0 and hasattr(self.learn,'recorder'):
-            self.learn.recorder.train_metrics,self.learn.recorder.valid_metrics = True,False    # else the table holds None, which TensorBoard refuses
 
     def before_train(self):
         if self.aside or next(self.learn.model.parameters()).dtype!=torch.float64 or not hasattr(self.learn,'recorder'): return
         self.recorder.smooth_loss.val = torch.as_tensor(self.recorder.smooth_loss.val).double()               # fastai's is float32 and refuses a float64 loss
 
     def before_validate(self):
+        if self.aside and self.gather_preds.with_loss:
+            raise ValueError(f"the loss of {type(self).__name__} belongs to the crops of a batch, and a single image has none: leave with_loss=True and Interpretation out; learn.validate() gives the mean loss")
         if self.aside: self.outer_lf,self.learn.loss_func = self.learn.loss_func,noop           # get_preds within a fit: predictions are features, and have no loss
         bar = getattr(self.learn, 'progress', None)              # in a fit it would warn of an empty loader; outside it has no bar yet, and needs one
         if not self.aside and len(self.learn.dl)==0 and hasattr(bar, 'pbar'): raise CancelValidException()
@@ -446,7 +403,7 @@ def precision_cb(
     if precision not in ('fp32','bf16','fp16'): raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16' or None")
     return None if precision=='fp32' else AnyMixedPrecision(precision)
 
-# %% ../../nbs/api/30_vision.core.ipynb #93098339
+# %% ../../nbs/api/30_vision.core.ipynb #d5b15734
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -514,7 +471,7 @@ def method_learner(
     classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     knn = KNNMonitor(dls, k=min(20,n)) if classes and len(dls.valid)>0 and n<=20_000 else None
     cbs = L(cb, RankMeMonitor(), CollapseMonitor(), precision_cb(precision, getattr(dls,'device',None)), knn).filter() + L(cbs)
-    learn = Learner(dls, model, **merge(dict(loss_func=noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
+    learn = Learner(dls, model, **merge(dict(loss_func=FeatureLoss() if y and isinstance(dls.train, TfmdDL) else noop, opt_func=dino_opt, splitter=dino_splitter), learn_kw), cbs=cbs)
     return learn if bs is None else with_smaller_batches(learn, largest_batch(partial(step_fits, learn, x[:1]), find_bs_of(dls)))
 
 # %% ../../nbs/api/30_vision.core.ipynb #1e54b335

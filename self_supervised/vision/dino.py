@@ -92,7 +92,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/api/31_vision.dino.ipynb #a3f0a027
+# %% ../../nbs/api/31_vision.dino.ipynb #89106672
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -138,18 +138,16 @@ class DINO(TeacherStudent):
 
     def before_fit(self):
         super().before_fit()
+        self.means = {}
+        set_metrics(self.learn, teacher_entropy=partial(self.mean_of, 'entropy'), kl=partial(self.mean_of, 'kl'), **{p.name: partial(self.mean_of, p.name) for p in self.parts})
         if self.aside: return
         last = self.nets.student[-1] if isinstance(self.nets.student, nn.Sequential) else self.nets.student
         if self.chunked_loss and not (hasattr(last, 'rows') and hasattr(last, 'last_layer')):
             raise ValueError(f"chunked_loss=True needs a student that ends in a DINOHead, and this one ends in a {type(last).__name__}: pass chunked_loss=False")
         if len(self.parts) and not isinstance(self.nets.student, nn.Sequential):
             raise ValueError(f"{self.parts[0].name} needs a student nn.Sequential(encoder, head), whose features it can see, and this one is a {type(self.nets.student).__name__}: leave parts out, or build it so")
-        self.means = {}
-        set_metrics(self.learn, teacher_entropy=self.mean_entropy, kl=self.mean_kl, **{p.name: partial(self.mean_of, p.name) for p in self.parts})
         self._forget()
-    def mean_entropy(self): return (self.learn.view_stats or {}).get('entropy')
-    def mean_kl(self):      return (self.learn.view_stats or {}).get('kl')
-    def mean_of(self, name): return self.means.get(name)
+    def mean_of(self, name): return self.means.get(name, math.nan)               # of the last epoch's batches
 
     @property
     def parts(self): return getattr(self.nets, 'parts', ())
@@ -207,8 +205,8 @@ class DINO(TeacherStudent):
         super().after_train()
         if not self.n_seen: return
         loss,entropy,*terms = (sum_processes(self.sums)/(self.n_seen*n_processes())).tolist()
-        self.means = {p.name: t for p,t in zip(self.parts, terms)}
         self.learn.view_stats = dict(loss=loss, entropy=entropy, kl=loss-entropy if self.loss=='cross_entropy' else math.nan, ln_k=math.log(self.nets.C.shape[1]))
+        self.means = merge(self.learn.view_stats, {p.name: t for p,t in zip(self.parts, terms)})
 
     def before_step(self):
         super().before_step()
