@@ -30,7 +30,7 @@ class _Graph(ShowGraphCallback):
         losses = [float(o) for o in self.recorder.losses]
         if self.nb_batches: self.progress.mbar.update_graph([(range_of(losses), losses),([],[])], (0, self.n_epoch*self.nb_batches[0]), (0, max(losses)))
 
-# %% ../nbs/api/29_callbacks.ipynb #ca4d7b85
+# %% ../nbs/api/29_callbacks.ipynb #4adecbc2
 class ViewRecorder(Recorder):
     "A `Recorder` for training with or without validation images"
     name = 'recorder'
@@ -38,6 +38,7 @@ class ViewRecorder(Recorder):
         if 'asked' not in vars(self): self.asked = self.train_metrics,self.valid_metrics
         self.train_metrics,self.valid_metrics = self.asked if len(self.dls.valid) else (True,False)    # the table would hold None, which TensorBoard refuses
         super().before_fit()
+        self.paused = []
         if no_fit(self.learn): return
         columns = list(self.metric_names[1:-1] if self.add_time else self.metric_names[1:])
         for cb in self.learn._grab_cbs(TrackerCallback):
@@ -48,7 +49,9 @@ class ViewRecorder(Recorder):
         super().after_epoch()
         if no_fit(self.learn): return
         complete = len(self.values[-1])==len(self.metric_names)-1-self.add_time      # not in `validate`, nor in an epoch before `start_epoch`
-        for cb in self.learn._grab_cbs(TrackerCallback): cb.run = complete
+        for cb in self.paused: cb.run = True
+        self.paused = [] if complete else [cb for cb in self.learn._grab_cbs(TrackerCallback) if cb.run]
+        for cb in self.paused: cb.run = False
 
     @delegates(Recorder.plot_loss)
     def plot_loss(self, skip_start=5, with_valid=True, **kwargs):
