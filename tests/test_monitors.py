@@ -1,6 +1,7 @@
 "Runs that are made to collapse are told so; loggers see every figure"
 import json, math, pytest, warnings
 from fastai.vision.all import *
+from self_supervised.callbacks import *
 from self_supervised.vision.dino import *
 from helpers import *
 

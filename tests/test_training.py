@@ -5,6 +5,7 @@ from fastai.callback.fp16 import MixedPrecision
 from self_supervised.vision.dino import *
 from self_supervised.vision.core import *
 from self_supervised.features import *
+from self_supervised.callbacks import *
 from helpers import *
 
 def learner(n=16, bs=4, cbs=None, opt_func=Adam, shuffle=False, path=None, model=None, **kwargs):
