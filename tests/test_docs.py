@@ -33,8 +33,24 @@ def page_of(nb): return str(Path(nb.path).with_suffix('.html'))
 def test_every_notebook_is_on_the_site_and_in_one_group(pages, notebooks):
     def paths(o): return [o] if isinstance(o, str) else [p for x in (o.values() if isinstance(o, dict) else o) for p in paths(x)]
     listed = paths(docs.nav(notebooks))
-    assert sorted(listed)==sorted(nb.path for nb in notebooks) and len(listed)==len(set(listed))>25
+    assert sorted(listed)==sorted([docs.OVERVIEW, *(nb.path for nb in notebooks)]) and len(listed)==len(set(listed))>25
     assert {page_of(nb) for nb in notebooks}|{'benchmarks.html'} <= pages.keys()
+
+def test_api_pages_have_a_title_and_the_name_of_their_module(pages, notebooks):
+    def texts(links): return {a['href'].removeprefix('./'): a.text.strip() for a in links if a.get('href')}
+    menu,overview = texts(pages['api/index.html'].find_all('a', class_='md-nav__link')),texts(pages['api/index.html'].article.find_all('a'))
+    for nb in notebooks:
+        if not nb.mod: continue
+        article = pages[page_of(nb)].article
+        assert article.h1.contents[0].strip()==nb.title and article.find('code', class_='module').text==nb.mod.__name__, nb.path
+        path = page_of(nb).removeprefix('api/')
+        assert menu[path]==overview[path]==nb.title, nb.path
+        for name in nb.symbols:
+            if '.' not in name: assert overview[f'{path}#{docs.anchor(name)}']==name
+
+def test_a_module_name_as_title_still_makes_a_page():
+    md = docs.subtitled('# evaluation.knn\n\n> A sentence', SimpleNamespace(__name__='self_supervised.evaluation.knn'))
+    assert md=='# evaluation.knn\n\n`self_supervised.evaluation.knn`{ .module }\n\n> A sentence'
 
 def test_every_exported_name_has_its_entry(pages, notebooks):
     for nb in notebooks:

@@ -153,7 +153,8 @@ def load(file):
     mod = importlib.import_module(f'{get_config().lib_path.name}.{exp[0]}') if exp else None
     nb.process()
     cells = [c for c in nb.nb.cells if c.source.strip()]
-    return SimpleNamespace(file=file, path=nbpath2html(file.relative_to(root/'nbs')).with_suffix('.md').as_posix(), mod=mod, cells=cells,
+    title,said = re.match(r'# (.+)(?:\n+> (.+))?', cells[0].source).groups()
+    return SimpleNamespace(file=file, path=nbpath2html(file.relative_to(root/'nbs')).with_suffix('.md').as_posix(), mod=mod, cells=cells, title=title, said=said,
                            symbols=[s for c in cells if 'export' in c.directives_ for s in symbols(c.source, mod)])
 
 def exported(c, mod):
@@ -174,6 +175,10 @@ def result(o, file, alt):
     if 'text/html' in data: return re.sub(r'<style.*?</style>| border="1" class="dataframe"|\n', '', ''.join(data['text/html']), flags=re.S)
     return re.sub(r'\A```$', '``` { .text .output }', output(o), count=1, flags=re.M)
 
+def subtitled(md, mod):
+    "The first cell of an API page, with the name of its module under the title"
+    return re.sub(r'^# .+$', lambda m: f'{m[0]}\n\n`{mod.__name__}`{{ .module }}', md, count=1, flags=re.M)
+
 def callout(m): return f'!!! {m[1]}\n\n' + textwrap.indent(m[2].strip(), ' '*4)
 
 def markdown(page, links, docs):
@@ -183,7 +188,8 @@ def markdown(page, links, docs):
         d = c.directives_
         if c.cell_type=='markdown':
             head = (re.findall(r'^#+ (.+)$', c.source, re.M) or [head])[-1].replace('`', '')
-            res.append(re.sub(r'^::: *\{\.callout-(\w+)[^\n]*\}\n(.*?)\n:::$', callout, links(c.source, page), flags=re.M|re.S))
+            md = re.sub(r'^::: *\{\.callout-(\w+)[^\n]*\}\n(.*?)\n:::$', callout, links(c.source, page), flags=re.M|re.S)
+            res.append(subtitled(md, page.mod) if page.mod and i==0 else md)
         elif 'export' in d: res += [links(t, page) for t in exported(c, page.mod)]
         elif c.cell_type=='code' and 'default_exp' not in d:
             if d.get('echo')!='false': res.append(f'```python\n{c.source.strip()}\n```')
@@ -201,17 +207,37 @@ LOOK_UP = ['run_directory','hyperparameters','security']         # guides that a
 MODULES = {'Data and augmentation': (0,1), 'Models': (2,3), 'Losses and schedules': (4,5), 'Features, weights, distributed': (6,9), 'Evaluation': (10,19),
            'Training utilities': (20,29), 'Methods': (30,39), 'Analysis': (40,49), 'Commands': (50,59)}                # by the numbers of their notebooks
 
+OVERVIEW = 'api/index.md'
+
+def modules(pages, low, high):
+    "API pages whose notebooks have the numbers `low` to `high`"
+    return [p for p in pages if p.path.startswith('api/') and low<=int(re.match(r'\d+', p.file.name)[0])<=high]
+
+def overview(pages):
+    "The index of the API as Markdown: the pages in groups, with the first line of what each public name says"
+    def line(name, mod): return (docstring(o) or '').strip().split('\n')[0].replace('|', r'\|') if callable(o := getattr(mod, name)) else ''
+    res = ['# Python reference', '> All modules, functions and classes, in groups']
+    for group,numbers in MODULES.items():
+        found = modules(pages, *numbers)
+        if found: res.append(f'## {group}')
+        for p in found:
+            path = p.path.removeprefix('api/')
+            res += [f'### [{p.title}]({path})', f'`{p.mod.__name__}`{{ .module }}', p.said or '']
+            rows = [f'| [`{s}`]({path}#{anchor(s)}) | {line(s, p.mod)} |' for s in p.symbols if '.' not in s]
+            if rows: res.append('\n'.join(['| Name | Description |','|---|---|', *rows]))
+    return '\n\n'.join(r for r in res if r) + '\n'
+
 def nav(pages):
-    "The groups of the site"
+    "The groups of the site; a page is listed with its title"
     def name(p): return p.path.removesuffix('.md').split('/')[-1]
     def of(folder, names=None):
         found = {name(p):p.path for p in pages if p.path.startswith(f'{folder}/')}
         return [found[n] for n in (found if names is None else names) if n in found]
-    def numbered(low, high): return [p.path for p in pages if p.path.startswith('api/') and low<=int(re.match(r'\d+', p.file.name)[0])<=high]
+    def numbered(low, high): return [p.path for p in modules(pages, low, high)]
     groups  = {'Home': [p.path for p in pages if p.path=='index.md'],
                **{g: of('guides', o) if isinstance(o, list) else [{k:of('guides', v)} for k,v in o.items() if of('guides', v)] for g,o in GUIDES.items()},
                'Experiments': of('experiments') + [p.path for p in pages if p.path=='benchmarks.md'],
-               'Reference':   [{k:numbered(*v)} for k,v in MODULES.items() if numbered(*v)] + [{'Tables': of('guides', LOOK_UP)}]*bool(of('guides', LOOK_UP)),
+               'Reference':   [OVERVIEW]*bool(numbered(0, 99)) + [{k:numbered(*v)} for k,v in MODULES.items() if numbered(*v)] + [{'Tables': of('guides', LOOK_UP)}]*bool(of('guides', LOOK_UP)),
                'Project':     [p.path for p in pages if p.path in ('changelog.md','contributing.md','citation.md') or p.path=='guides/citation.md']}
     return [{g:paths} for g,paths in groups.items() if paths]
 
@@ -257,6 +283,7 @@ def build(dest):
         for p in pages:
             (docs/p.path).parent.mkdir(parents=True, exist_ok=True)
             (docs/p.path).write_text(markdown(p, links, docs), encoding='utf-8')
+        (docs/OVERVIEW).write_text(overview(pages), encoding='utf-8')
         for f,to in links.files.items(): shutil.copy(f, docs/to)
         for f in ('docs.css','docs.js'): shutil.copy(root/'tools'/f, docs/f)
         katex(docs/'katex')
