@@ -49,7 +49,7 @@ test-all: test
 	@touch $@
 
 test-oldest: .venv-oldest/core
-	$(ONE) PYTHONPATH=. .venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(CORE)
+	$(ONE) PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(CORE)
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks $(ARGS)
