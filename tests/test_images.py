@@ -113,7 +113,7 @@ def check_named(dls, folder, paths):
     xs,named = read_all(dls, 2)
     rows = bad_rows(folder)
     assert sorted(o['path'] for o in rows)==sorted(map(str, paths)) and len(named)==len(set(named))==len(paths), (rows,named)
-    for o in rows: assert set(o)=={'path','error','done'} and ': ' in o['error'] and o['done'].endswith('takes its place')
+    for o in rows: assert set(o)=={'path','error','done'} and ': ' in o['error'] and o['done'].startswith('replaced by ')
     assert all(o.count('\n')==0 for o in named)
     return xs,rows
 
@@ -159,7 +159,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         if Path(p).name=='locked': raise PermissionError(13, 'Permission denied', str(p))
         return scandir(p)
     monkeypatch.setattr(os, 'scandir', no_entry)
-    with pytest.warns(UserWarning, match='could not look into .*locked'): dls = unlabelled_dls(d, size=16, bs=8, num_workers=0, path=d)
+    with pytest.warns(UserWarning, match='could not read the folder .*locked'): dls = unlabelled_dls(d, size=16, bs=8, num_workers=0, path=d)
     assert len(dls.train_ds)==8
 
 def test_large_images_take_little_memory(tmp_path):
@@ -232,7 +232,7 @@ def test_files_that_vanish_while_training_are_named(num_workers, tmp_path):
     check_named(dls, tmp_path, [d/f'good{i}.png' for i in (2,5,7)])
     assert read_all(dls, 2)[1]==[]
     for o in d.ls(): o.unlink()
-    with pytest.raises(ValueError, match='of 12 files 12 were tried that cannot be read'): read_all(dls)
+    with pytest.raises(ValueError, match='12 of 12 files were tried and cannot be read'): read_all(dls)
     assert len(bad_rows(tmp_path))==12
 
 @pytest.mark.parametrize('num_workers', [0,2])
@@ -241,9 +241,9 @@ def test_nothing_but_bad_files_is_a_sentence(num_workers, n, tmp_path):
     for i in range(n): (tmp_path/f'{i}.jpg').write_bytes(b'')
     dls = unlabelled_dls(tmp_path, size=16, bs=3, num_workers=num_workers, path=tmp_path)
     for _ in range(2):                                           # the second time nothing is left to try
-        with pytest.raises(ValueError, match=f'of {n} files [0-9]+ were tried that cannot be read'): read_all(dls)
+        with pytest.raises(ValueError, match=f'[0-9]+ of {n} files were tried and cannot be read'): read_all(dls)
     rows = bad_rows(tmp_path)
-    assert min(n,100)<=len(rows)==len({o['path'] for o in rows}) and {o['done'] for o in rows}=={'nothing was found to take its place'}
+    assert min(n,100)<=len(rows)==len({o['path'] for o in rows}) and {o['done'] for o in rows}=={'no replacement was found'}
 
 def test_dino_train_on_nothing_but_bad_files_is_a_sentence(tmp_path, capfd):
     (tmp_path/'a\nb').mkdir()
@@ -252,7 +252,7 @@ def test_dino_train_on_nothing_but_bad_files_is_a_sentence(tmp_path, capfd):
         warnings.simplefilter('ignore')
         for n in '02': assert run_command(dino_train, ['--path', str(tmp_path), '--out', str(tmp_path/'run'), '--batch-size-per-gpu', '2', '--num-workers', n, '--size', '16', '--arch', 'convnet_mini'])==2
     err = capfd.readouterr().err.strip().splitlines()
-    assert len(err)==2 and all('of 5 files 5 were tried' in o for o in err), err
+    assert len(err)==2 and all('5 of 5 files were tried' in o for o in err), err
     assert len(bad_rows(tmp_path/'run'))==5
 
 def test_what_takes_the_place_is_spread_over_the_folder(tmp_path):
@@ -262,7 +262,7 @@ def test_what_takes_the_place_is_spread_over_the_folder(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for i in range(120): dls.train.create_item(i)
-        dls.train.name_bad()
+        dls.train.report_bad()
     took = Counter(o['done'] for o in bad_rows(tmp_path))
     assert sum(took.values())==60 and max(took.values())<=3
     for n in [*range(1,200),1281167]:

@@ -58,7 +58,7 @@ def test_what_is_ambiguous_is_a_sentence(tmp_path):
     class_folder(tmp_path/'two', 3, ('train','Training','test'))
     with pytest.raises(ValueError, match='has both Training and train'): labelled_dls(tmp_path/'two')
     class_folder(tmp_path/'beside', 3, ('train',)); png(tmp_path/'beside'/'docs'/'0.png')
-    with pytest.raises(ValueError, match='and docs beside it'): labelled_dls(tmp_path/'beside')
+    with pytest.raises(ValueError, match='and also the folder docs'): labelled_dls(tmp_path/'beside')
     class_folder(tmp_path/'test_only', 3, ('test',))
     with pytest.raises(ValueError, match='no class folders in a folder train'): labelled_dls(tmp_path/'test_only')
     class_folder(tmp_path/'train_only', 4, ('train',)); png(tmp_path/'train_only'/'test'/'0.png')           # a test part without labels
@@ -108,11 +108,11 @@ def test_bad_labelled_files_are_replaced_and_named_once(tmp_path):
         assert [len(o) for o in ys]==[8,8]*2
         assert sorted(o.split(' (')[0] for o in messages if 'could not' in o)==sorted(f'could not read {f}' for f in bad)
     ds = dls.train_ds
-    for i,j in enumerate(ds.instead.tolist()):                   # the label is that of the image that is shown
+    for i,j in enumerate(ds.replacement.tolist()):                   # the label is that of the image that is shown
         if j<0: continue
         assert ds.items[i] in bad and ys[0][i]==dls.vocab.o2i[ds.items[j].parent.name]
     for f in (d/'test').rglob('*.png'): f.write_bytes(b'')
-    with pytest.raises(ValueError, match='of 8 files 8 were tried that cannot be read'): said(lambda: list(labelled_dls(d, 16, 4, num_workers=0).valid))
+    with pytest.raises(ValueError, match='8 of 8 files were tried and cannot be read'): said(lambda: list(labelled_dls(d, 16, 4, num_workers=0).valid))
 
 def test_dino_train_looks_at_labelled_files_before_it_trains(tmp_path, capfd):
     lab,out = class_folder(tmp_path/'labels', 6),tmp_path/'run'
@@ -124,7 +124,7 @@ def test_dino_train_looks_at_labelled_files_before_it_trains(tmp_path, capfd):
     for f in (lab/'test').rglob('*.png'): f.write_bytes(b'')
     shutil.rmtree(out)
     assert said(lambda: run_command(dino_train, args))[0]==2 and not (out/'checkpoint.pth').exists() and not (out/'history.csv').exists()           # nothing to test on: refused before the first batch
-    assert 'were tried that cannot be read' in capfd.readouterr().err
+    assert 'were tried and cannot be read' in capfd.readouterr().err
 
 def test_evaluation_on_folders_leaves_out_bad_files_and_names_them(tmp_path):
     enc,vit = create_encoder('convnet_mini'),create_encoder('vit_mini_patch4_16')
@@ -260,7 +260,7 @@ def test_messages_on_channels_advise_what_the_caller_has(five, tmp_path, capfd):
     for f in (lambda: show_attention(vit, png(tmp_path/'x.png')), lambda: segment_video(vit, [tmp_path/'x.png']*2, torch.ones(20,20)), lambda: attention_segmentation(vit, [(tmp_path/'x.png',tmp_path/'x.png')]),
               lambda: copy_detection(enc, tmp_path), lambda: find_images(d)):
         assert 'open_fn' not in message(f) and '--' not in message(f)
-    assert 'an image of 5 channels, where one in colour (3) or in grey (1) is needed' in message(lambda: copy_detection(enc, d, open_fn=np.load, size=16))
+    assert 'an image of 5 channels: expected colour (3 channels) or grey (1 channel)' in message(lambda: copy_detection(enc, d, open_fn=np.load, size=16))
     for cmd,args in ((dino_eval, ['knn','--data',str(d)]), (dino_embed, [str(d)]), (dino_explore, [str(d)])):
         assert run_command(cmd, [*args, '--encoder', str(five/'run')])==2 and 'pass --open-fn' in capfd.readouterr().err
     assert run_command(dino_train, ['--path', str(d), '--n-in', '5'])==2 and 'for others pass --open-fn' in capfd.readouterr().err

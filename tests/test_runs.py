@@ -221,7 +221,7 @@ def test_features_fail_in_all_processes_or_in_none(monkeypatch):
     monkeypatch.setattr(distributed, 'n_processes', lambda: 2)
     monkeypatch.setattr(distributed.dist, 'get_rank', lambda: 0)
     monkeypatch.setattr(distributed, 'gather_objects', lambda o: [o,'OSError: no such image'])
-    with pytest.raises(RuntimeError, match='in process 1 .OSError: no such image') as e: distributed.shared_features(create_encoder('convnet_mini'), dl)
+    with pytest.raises(RuntimeError, match='on rank 1 .OSError: no such image') as e: distributed.shared_features(create_encoder('convnet_mini'), dl)
     assert e.value.in_all_processes
 
 # more epochs than planned
