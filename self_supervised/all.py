@@ -23,6 +23,7 @@ from .evaluation.unlabelled import *
 from .monitors import *
 from .runs import *
 from .memory import *
+from .prepare import *
 from .vision.core import *
 from .vision.dino import *
 from .vision.byol import *
@@ -39,3 +40,4 @@ from .vision.continued import *
 from .explore import *
 from .widgets import *
 from .report import *
+from .profiling import *

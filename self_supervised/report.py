@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['save_figure', 'run_pictures', 'run_table', 'write_report']
 
-# %% ../nbs/api/45_report.ipynb #d417f7a9
+# %% ../nbs/api/45_report.ipynb #56dc334a
 from fastai.vision.all import *
 from matplotlib.ticker import MaxNLocator
-import base64, importlib.metadata, importlib.resources, io, json, shlex
+import base64, importlib.metadata, io, json, shlex
 import jinja2
 from .data import *
 from .encoders import *
@@ -403,7 +403,7 @@ def _overlaid(runs):
             yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, n)
 
-# %% ../nbs/api/45_report.ipynb #c2a321fe
+# %% ../nbs/api/45_report.ipynb #6b2ad990
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -444,8 +444,8 @@ def write_report(
     one   = len(rs)==1
     facts = dict(runs=[_context(r, one) for r in rs], title=rs[0].name if one else f'{len(rs)} runs compared', version=_version())
     if not one: facts |= dict(kind=', '.join(r.name for r in rs), overlaid=_overlaid(rs), differ=_differ(rs), other_losses=len({(r.notes.get('method'),r.notes.get('ln_k')) for r in rs})>1)
-    env  = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = env.from_string((importlib.resources.files('self_supervised')/'report.jinja').read_text(encoding='utf-8')).render(facts)
+    env  = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader('self_supervised'))
+    page = env.get_template('report.jinja').render(facts)
     with atomic_path(out) as tmp: tmp.write_text(page, encoding='utf-8', errors='replace')              # a file's name may be no text
     return out
 

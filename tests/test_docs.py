@@ -192,7 +192,7 @@ def look(page):
     if page.evaluate('document.documentElement.scrollWidth > innerWidth'): res.append('the page scrolls sideways')
     return res
 
-MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.html','benchmarks.html'
+MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.train.html','benchmarks.html'
 
 @pytest.mark.parametrize('size,names', [(WIDE,MAIN), (PHONE,None)], ids=['wide','phone'])
 def test_pages_in_a_browser(browser, url, pages, size, names):

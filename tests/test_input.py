@@ -3,7 +3,7 @@ import contextlib, json, pytest, signal, subprocess, sys, warnings
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import run_command
-from self_supervised.cli_prepare import dino_prepare, prepare_images
+from self_supervised.cli.prepare import dino_prepare
 from helpers import *
 from test_distributed import launch
 from test_images import bytes_of_good, good_files, mixed_folder, write
@@ -75,7 +75,7 @@ def test_workers_that_open_images_for_memory_name_bad_files(tmp_path):
         assert sorted(Path(json.loads(l)['path']).name for l in (tmp_path/f'run{n}'/'bad_files.jsonl').open())==['bad0.png','bad1.png','bad2.png']
         assert dls.train_ds.x.flatten(1).any(1).all()
 
-def prepare(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli_prepare import prepare_main; prepare_main()', *map(str, args)]
+def prepare(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli.prepare import prepare_main; prepare_main()', *map(str, args)]
 
 def tree(d): return {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file()}
 

@@ -3,7 +3,7 @@ import json, shlex, subprocess, sys, warnings
 from fastai.vision.all import *
 import pytest
 from self_supervised.cli import dino_train, run_command
-from self_supervised.cli_report import dino_report
+from self_supervised.cli.report import dino_report
 from self_supervised.report import *
 from self_supervised.runs import *
 from helpers import *
@@ -143,4 +143,4 @@ def test_large_sets_are_drawn_from(tmp_path):
 def test_the_template_comes_with_the_package(tmp_path):
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path], cwd=root, check=True, capture_output=True)
-    assert (tmp_path/'self_supervised'/'report.jinja').read_bytes()==(root/'self_supervised'/'report.jinja').read_bytes()
+    assert (tmp_path/'self_supervised'/'templates'/'report.jinja').read_bytes()==(root/'self_supervised'/'templates'/'report.jinja').read_bytes()
