@@ -93,7 +93,7 @@ def test_dino_prepare_goes_on_where_it_was_stopped(sig, tmp_path, capfd):
     _,err = p.communicate(timeout=60)
     done = {f: f.stat().st_mtime_ns for f in out.rglob('[0-9]*.png')}
     assert p.returncode==(-9 if sig==signal.SIGKILL else 130) and 4<=len(done)<40, (p.returncode,err,len(done))
-    if sig!=signal.SIGKILL: assert 'the same command goes on with what is left' in err and len(err.strip().splitlines())==1, err
+    if sig!=signal.SIGKILL: assert 'the same command continues' in err and len(err.strip().splitlines())==1, err
     for f in done: assert Image.open(f).convert('RGB').size==(43,32)                # each of them whole
     time.sleep(.5)
     still = len(list(out.rglob('[0-9]*.png')))

@@ -18,16 +18,20 @@ from ..checkpoints import *
 from ..runs import *
 from ..memory import *
 
-# %% ../../nbs/api/50_cli.core.ipynb #aabab755
+# %% ../../nbs/api/50_cli.core.ipynb #d23aa83f
+class _Unbroken(argparse.RawDescriptionHelpFormatter):
+    "Keep the example on its own line, and break no line within an option such as --out-dim"
+    def _split_lines(self, text, width): return textwrap.wrap(' '.join(text.split()), width, break_on_hyphens=False)
+
 def command_parser(
     func:Callable # Command: a function with the attributes `groups` and `example`
 )->argparse.ArgumentParser: # With one argument group per title in `func.groups`
     "Create the parser of a command from the parameters of `func`"
     parser = anno_parser(func, prog=func.__name__)
-    parser.formatter_class = type('_Help', (argparse.RawDescriptionHelpFormatter,parser.formatter_class), {})
+    parser.formatter_class = type('_Help', (_Unbroken,parser.formatter_class), {})
     width  = min(100, shutil.get_terminal_size((100,30))[0])
     example = f'\n\nExample:\n  {func.example}' if hasattr(func, 'example') else ''
-    parser.description,parser.epilog = textwrap.fill(func.__doc__, width)+example,None
+    parser.description,parser.epilog = textwrap.fill(func.__doc__, width, break_on_hyphens=False)+example,None
     parser.add_argument('--version', action='version', version=_version(), help='Show version information and exit')
     actions = {a.dest:a for a in parser._actions}
     for a in actions.values():

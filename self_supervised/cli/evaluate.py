@@ -27,6 +27,96 @@ from ..evaluation.segmentation import *
 from ..evaluation.unlabelled import *
 from ..plots import *
 
+# %% ../../nbs/api/52_cli.evaluate.ipynb #d518f10d
+def _json_file(a):
+    "The file to write: in the run directory for one run, else in the current directory"
+    one = len(a.encoders)==1 and Path(a.encoders[0]).is_dir()
+    names = '_'.join(Path(e).stem for e in a.encoders)
+    out = Path(a.out or (Path(a.encoders[0])/f'eval_{a.protocol}.json' if one else f"eval_{a.protocol}_{names}.json"))
+    if out.suffix!='.json': raise ValueError(f"--out {out}: pass a name that ends in .json")
+    return check_writable(out)
+
+def _evaluate(a, src):
+    "Table of one encoder, and the name of its image feature"
+    set_seed(a.seed)
+    enc    = open_encoder(src, a.pretrained, a.who, ifnone(a.n_in, 3)).to(a.device)
+    n      = ifnone(a.n_in, channels_of(enc))
+    advice = 'pass --open-fn' if 'open_fn' in _options[a.protocol] else f'{a.protocol} needs tensors, which a script can pass'
+    opens  = opener(n, named_open_fn(a.open_fn), advice) if a.data else None
+    return _protocols[a.protocol](enc, AttrDict(a, encoder=src, n_in=n, opens=opens)),image_feature(enc)
+
+def dino_eval(
+    protocol:str, # Protocol: knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
+    encoder:Annotated[str, {'nargs':'+'}]=None, # Encoders: run directories, checkpoints, files of export_encoder, timm model names, or pixels; pass several to compare them in one table
+    data:str=None, # Data folder: class folders (knn, linear, lowshot, finetune; default: built-in digits), roxford5k or rparis6k, Copydays or any images, DAVIS, or VOC2012
+    out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, else eval_PROTOCOL_ENCODER.json here)
+    pretrained:bool=False, # Load the pretrained weights of a timm model
+    who:str='teacher', # Network of a checkpoint: teacher or student
+    size:int=None, # Image size in pixels (default: 224; digits 16; copydetection 320; longest side for retrieval 512, shortest side for video and segmentation 480)
+    n_in:int=None, # Number of input channels: 3, or 1 for grey images; others with --open-fn (default: the encoder's)
+    open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
+    batch_size:int=64, # Batch size
+    num_workers:int=0, # Number of data-loading worker processes
+    precision:str='fp32', # Precision of the forward pass: fp32, bf16 or fp16
+    device:str=None, # Device, for example cpu or cuda (default: the GPU if there is one)
+    seed:int=0, # Random seed
+    groups:str=None, # Regular expression for the (group) in a file name; images of a group stay on one side of the split, for example '^(.+?)_' for patient_slice.png
+    k:Annotated[int, {'nargs':'+'}]=None, # Numbers of nearest neighbours (default: 10 20 100 200)
+    temperature:float=.07, # Temperature of the neighbours' weights
+    n_blocks:Annotated[int, {'nargs':'+'}]=None, # Numbers of last transformer blocks whose features are concatenated; several are compared (default: 1)
+    avgpool:bool=False, # Compare also with the mean of the patch tokens appended
+    lrs:Annotated[float, {'nargs':'+'}]=None, # Learning rates for a batch of 256, all compared (default: 0.001 to 3)
+    valid_pct:float=.1, # Fraction of the training images for choosing the learning rate; 0 uses the test images, as the paper does
+    augment:bool=False, # Train the linear classifier on random crops, as the paper does
+    linear_weights:str=None, # File of a pretrained linear classifier, in place of training one
+    labels:Annotated[float, {'nargs':'+'}]=None, # Numbers of labels per class, or fractions of the labels below 1 (default: 1 0.01 0.1)
+    draws:int=5, # Number of random subsets of the labels
+    epochs:int=None, # Number of epochs (default: 100 for linear, 5 for finetune)
+    lr:float=2e-3, # Learning rate of the classifier; earlier layers use lower ones
+    benchmark:str='roxford5k', # Retrieval benchmark: roxford5k or rparis6k
+    multiscale:bool=False, # Average the features of three image scales
+    crop_queries:bool=False, # Crop queries to their bounding boxes
+    distractors:str=None, # Folder of distractor images
+    whiten_on:str=None, # Folder of other images, to fit the whitening on
+    masks:str=None, # Folder of masks for the images in --data (default: --data is VOC2012)
+    objects:bool=False, # Use VOC's object masks, not its class masks
+    keep:float=.6, # Fraction of the attention that a mask keeps
+    split:str='val', # Name of the list of images
+    masks_out:str=None, # Folder to write palette masks to
+    no_progress:bool=False # Hide the progress bars
+):
+    "Evaluate encoders with a protocol of the DINO paper. Prints a table and writes it to a JSON file, with the settings."
+    a  = AttrDict(locals(), progress=not no_progress)
+    ps = inspect.signature(dino_eval).parameters
+    _check(a, {o:a[o] for o,p in ps.items() if o not in ('protocol','encoder','data','out','no_progress') and a[o]!=p.default})
+    for nm,default in _defaults.items(): a[nm] = ifnone(a[nm], default)
+    a.encoders,a.device = [encoder] if isinstance(encoder, str) else list(encoder),device_named(device)
+    file = _json_file(a)
+    if masks_out: check_writable(masks_out, folder=True)
+    start,found = time.time(),{e: _evaluate(a, e) for e in a.encoders}
+    tables = {e:t for e,(t,_) in found.items()}
+    table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
+    res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits', features={e:f for e,(_,f) in found.items()},
+               table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1), settings={o:a[o] for o in _options[protocol]},
+               versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
+    with atomic_path(file) as tmp: tmp.write_text(json.dumps(to_plain(res, other=str), indent=1, allow_nan=False))
+    print(table.to_string())
+    print(f"{' '.join(a.encoders)} on {res['data']}, {res['seconds']} s: {file}")
+
+dino_eval.groups = {
+    'Input': 'protocol encoder data', 'Encoder': 'pretrained who size n_in', 'Data': 'open_fn groups',
+    'Protocol knn': 'k temperature', 'Protocol linear': 'n_blocks avgpool lrs valid_pct augment linear_weights', 'Protocol lowshot': 'labels draws',
+    'Protocols linear and finetune': 'epochs', 'Protocol finetune': 'lr', 'Protocol retrieval': 'benchmark multiscale crop_queries',
+    'Protocol copydetection': 'distractors whiten_on', 'Protocol segmentation': 'masks objects keep', 'Protocols video and segmentation': 'split', 'Protocol video': 'masks_out',
+    'Hardware and progress': 'batch_size num_workers precision device seed no_progress', 'Output': 'out'}
+dino_eval.example   = 'dino_eval knn --encoder runs/mine pixels --data LABELLED'
+dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
+
+# %% ../../nbs/api/52_cli.evaluate.ipynb #09c76979
+def eval_main():
+    "Run `dino_eval` as a console command"
+    sys.exit(run_command(dino_eval))
+
 # %% ../../nbs/api/52_cli.evaluate.ipynb #241c7084
 def _pct(x): return round(100*float(x), 2)
 
@@ -141,96 +231,6 @@ def _check(a, given):
         others = ', '.join(p for p,os in _options.items() if o in os)
         raise ValueError(f"--{o.replace('_','-')} is an option of {others}, not of {a.protocol}: leave it out")
     for o,low in dict(size=1, batch_size=1, num_workers=0, epochs=1, draws=1, seed=0, lr=1e-12, temperature=1e-6, n_in=1).items(): check_range(o, a[o], low)
-
-# %% ../../nbs/api/52_cli.evaluate.ipynb #77ca4802
-def _json_file(a):
-    "The file to write: in the run directory for one run, else in the current directory"
-    one = len(a.encoders)==1 and Path(a.encoders[0]).is_dir()
-    names = '_'.join(Path(e).stem for e in a.encoders)
-    out = Path(a.out or (Path(a.encoders[0])/f'eval_{a.protocol}.json' if one else f"eval_{a.protocol}_{names}.json"))
-    if out.suffix!='.json': raise ValueError(f"--out {out}: pass a name that ends in .json")
-    return check_writable(out)
-
-def _evaluate(a, src):
-    "Table of one encoder, and the name of its image feature"
-    set_seed(a.seed)
-    enc    = open_encoder(src, a.pretrained, a.who, ifnone(a.n_in, 3)).to(a.device)
-    n      = ifnone(a.n_in, channels_of(enc))
-    advice = 'pass --open-fn' if 'open_fn' in _options[a.protocol] else f'{a.protocol} needs tensors, which a script can pass'
-    opens  = opener(n, named_open_fn(a.open_fn), advice) if a.data else None
-    return _protocols[a.protocol](enc, AttrDict(a, encoder=src, n_in=n, opens=opens)),image_feature(enc)
-
-def dino_eval(
-    protocol:str, # Protocol: knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
-    encoder:Annotated[str, {'nargs':'+'}]=None, # Encoders: run directories, checkpoints, files of export_encoder, timm model names, or pixels; pass several to compare them in one table
-    data:str=None, # Data folder: class folders (knn, linear, lowshot, finetune; default: built-in digits), roxford5k or rparis6k, Copydays or any images, DAVIS, or VOC2012
-    out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, else eval_PROTOCOL_ENCODER.json here)
-    pretrained:bool=False, # Load the pretrained weights of a timm model
-    who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=None, # Image size in pixels (default: 224; digits 16; copydetection 320; longest side for retrieval 512, shortest side for video and segmentation 480)
-    n_in:int=None, # Number of input channels: 3, or 1 for grey images; others with --open-fn (default: the encoder's)
-    open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
-    batch_size:int=64, # Batch size
-    num_workers:int=0, # Number of data-loading worker processes
-    precision:str='fp32', # Precision of the forward pass: fp32, bf16 or fp16
-    device:str=None, # Device, for example cpu or cuda (default: the GPU if there is one)
-    seed:int=0, # Random seed
-    groups:str=None, # Regular expression for the (group) in a file name; images of a group stay on one side of the split, for example '^(.+?)_' for patient_slice.png
-    k:Annotated[int, {'nargs':'+'}]=None, # Numbers of nearest neighbours (default: 10 20 100 200)
-    temperature:float=.07, # Temperature of the neighbours' weights
-    n_blocks:Annotated[int, {'nargs':'+'}]=None, # Numbers of last transformer blocks whose features are concatenated; several are compared (default: 1)
-    avgpool:bool=False, # Compare also with the mean of the patch tokens appended
-    lrs:Annotated[float, {'nargs':'+'}]=None, # Learning rates for a batch of 256, all compared (default: 0.001 to 3)
-    valid_pct:float=.1, # Fraction of the training images for choosing the learning rate; 0 uses the test images, as the paper does
-    augment:bool=False, # Train the linear classifier on random crops, as the paper does
-    linear_weights:str=None, # File of a pretrained linear classifier, in place of training one
-    labels:Annotated[float, {'nargs':'+'}]=None, # Numbers of labels per class, or fractions of the labels below 1 (default: 1 0.01 0.1)
-    draws:int=5, # Number of random subsets of the labels
-    epochs:int=None, # Number of epochs (default: 100 for linear, 5 for finetune)
-    lr:float=2e-3, # Learning rate of the classifier; earlier layers use lower ones
-    benchmark:str='roxford5k', # Retrieval benchmark: roxford5k or rparis6k
-    multiscale:bool=False, # Average the features of three image scales
-    crop_queries:bool=False, # Crop queries to their bounding boxes
-    distractors:str=None, # Folder of distractor images
-    whiten_on:str=None, # Folder of other images, to fit the whitening on
-    masks:str=None, # Folder of masks for the images in --data (default: --data is VOC2012)
-    objects:bool=False, # Use VOC's object masks, not its class masks
-    keep:float=.6, # Fraction of the attention that a mask keeps
-    split:str='val', # Name of the list of images
-    masks_out:str=None, # Folder to write palette masks to
-    no_progress:bool=False # Hide the progress bars
-):
-    "Evaluate encoders with a protocol of the DINO paper. Prints a table and writes it to a JSON file, with the settings."
-    a  = AttrDict(locals(), progress=not no_progress)
-    ps = inspect.signature(dino_eval).parameters
-    _check(a, {o:a[o] for o,p in ps.items() if o not in ('protocol','encoder','data','out','no_progress') and a[o]!=p.default})
-    for nm,default in _defaults.items(): a[nm] = ifnone(a[nm], default)
-    a.encoders,a.device = [encoder] if isinstance(encoder, str) else list(encoder),device_named(device)
-    file = _json_file(a)
-    if masks_out: check_writable(masks_out, folder=True)
-    start,found = time.time(),{e: _evaluate(a, e) for e in a.encoders}
-    tables = {e:t for e,(t,_) in found.items()}
-    table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
-    res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits', features={e:f for e,(_,f) in found.items()},
-               table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1), settings={o:a[o] for o in _options[protocol]},
-               versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
-    with atomic_path(file) as tmp: tmp.write_text(json.dumps(to_plain(res, other=str), indent=1, allow_nan=False))
-    print(table.to_string())
-    print(f"{' '.join(a.encoders)} on {res['data']}, {res['seconds']} s: {file}")
-
-dino_eval.groups = {
-    'Input': 'protocol encoder data', 'Encoder': 'pretrained who size n_in', 'Data': 'open_fn groups',
-    'Protocol knn': 'k temperature', 'Protocol linear': 'n_blocks avgpool lrs valid_pct augment linear_weights', 'Protocol lowshot': 'labels draws',
-    'Protocol finetune, with linear': 'epochs lr', 'Protocol retrieval': 'benchmark multiscale crop_queries',
-    'Protocol copydetection': 'distractors whiten_on', 'Protocol segmentation': 'masks objects keep', 'Protocol video, with segmentation': 'split masks_out',
-    'Hardware and progress': 'batch_size num_workers precision device seed no_progress', 'Output': 'out'}
-dino_eval.example   = 'dino_eval knn --encoder runs/mine pixels --data LABELLED'
-dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
-
-# %% ../../nbs/api/52_cli.evaluate.ipynb #09c76979
-def eval_main():
-    "Run `dino_eval` as a console command"
-    sys.exit(run_command(dino_eval))
 
 # %% ../../nbs/api/52_cli.evaluate.ipynb #94880337
 def _figure(enc, im, keep, query):

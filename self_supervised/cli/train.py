@@ -29,6 +29,103 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
+# %% ../../nbs/api/51_cli.train.ipynb #8f33e3d8
+def dino_train(
+    path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
+    out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
+    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, or lejepa, which is ahead in short runs on small data
+    arch:str=None, # Backbone: any timm model name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small of the original implementation (default: vit_small; convnet_mini for the demo)
+    patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
+    epochs:int=None, # Number of epochs (default: 100; 40 for convnet_mini in the demo)
+    batch_size_per_gpu:int=64, # Batch size per rank
+    size:int=256, # Image size in pixels, from which crops are taken; 16 for the demo
+    n_in:int=3, # Number of input channels: 3 for colour images, 1 for grey images; other numbers with --open-fn
+    open_fn:str=None, # Function that opens the image files, as module:function, from a path to an array (H,W,C); with it every file in --path is used
+    labels:str=None, # Labelled images in class folders, or in train/ and test/ (or val/) of class folders, used only for k-NN accuracy and the final evaluation
+    seed:int=0, # Random seed
+    num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
+    cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
+    precision:str=None, # Precision: fp32, bf16 or fp16 (default: bf16 on a GPU that supports it, else fp32)
+    resume:bool=False, # Resume the run in --out
+    more_epochs:str='replan', # Schedules of learning rate and weight decay when a run is resumed with more --epochs: replan them, or hold their final values
+    overwrite:bool=False, # Overwrite an existing run in --out
+    saveckp_freq:int=20, # Number of epochs between checkpoints that are kept in addition to the last one; 0 keeps only the last
+    lr:float=None, # Peak learning rate for a batch of 256, scaled with the batch size; decrease it if the loss jumps
+    min_lr:float=None, # Final learning rate (cosine schedule), not scaled with the batch size
+    warmup_epochs:float=None, # Number of epochs of linear learning-rate warm-up
+    weight_decay:float=None, # Initial weight decay
+    weight_decay_end:float=None, # Final weight decay (cosine schedule); higher values help ViTs in long runs
+    optimizer:str='adamw', # Optimizer: adamw, or sgd or lars for convnets
+    clip_grad:float=None, # Maximum gradient norm per parameter; 0 disables clipping, 0.3 to 1 can help larger ViTs
+    grad_accumulation:int=1, # Number of batches whose gradients are accumulated per optimizer step
+    out_dim:int=None, # Number of prototypes, or output dimension of methods without prototypes (default: chosen by the number of images, 65536 for a million)
+    lam:float=None, # Weight of the normality term of lejepa (default: 3.2 over the batch size, within 0.02 to 0.2); increase it if RankMe falls
+    use_bn_in_head:bool_arg=None, # BatchNorm in the projection head: true or false; on small data it prevents a plateau at ln K
+    norm_last_layer:bool_arg=None, # L2-normalised prototypes: true or false; false is slightly better where training is stable
+    drop_path_rate:float=None, # Stochastic depth rate of the student (default: 0.1 for dino and simdino, else 0)
+    freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not decrease
+    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: chosen by the number of iterations); increase it for small batches in long runs
+    warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
+    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); decrease it if the loss does not decrease, values above 0.07 are often unstable
+    warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
+    global_crops_size:int=None, # Size of the two global crops in pixels (default: 224 if --size is 256)
+    local_crops_size:int=None, # Size of the local crops in pixels (default: 96 if --size is 256)
+    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops as fractions of the image (default: 0.4 1.0); 0.14 1.0 without local crops
+    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops as fractions of the image (default: 0.05 0.4)
+    local_crops_number:int=None, # Number of local crops per image (default: chosen by the method; 4 for dino, 8 in the paper)
+    rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
+    max_hours:float=None, # Time limit in hours; no epoch is started that would exceed it, and --resume continues the run later
+    compile:bool=False, # Compile the encoders: minutes at the start, faster afterwards
+    grad_checkpointing:bool=False, # Gradient (activation) checkpointing: less memory, about 30% slower
+    chunked_loss:bool=False, # Compute the loss one crop at a time: less memory if --out-dim is large
+    auto_bs:bool=False, # Reduce the batch size until a step fits in memory, and keep the effective batch size with gradient accumulation
+    sync_bn:bool_arg=None, # BatchNorm over all ranks in distributed training: true or false (default: true on GPUs)
+    no_report:bool=False # Skip the final evaluation and the HTML report
+):
+    "Pretrain a backbone with DINO or another self-supervised method. Writes checkpoints, the exported encoder, training history, figures and an HTML report to --out."
+    args = dict(locals())
+    cfg  = _resolve(args)
+    _check(cfg)
+    if cfg.n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
+    set_seed(seed)
+    notes = RunNotes(cfg.out, resume, args, {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}, _command(args, cfg.n_proc))
+    dls,labelled = _loaders(cfg)
+    learn = _make_learner(cfg, dls, labelled)
+    untrained = _untrained(learn)
+    if cfg.rank: learn.remove_cb(ProgressCallback)
+    else: _announce(cfg, learn)
+    cbs,start = _run_callbacks(cfg, learn, notes),time.time()
+    fit_settings(learn, cfg.epochs)                              # raises an error for a run that cannot learn
+    if not cfg.rank: _clear_checkpoints(cfg)
+    with _reported(cfg, notes):
+        _train(cfg, learn, cbs)
+        if cfg.rank: return
+        if any(isinstance(cb, TimeLimit) and cb.is_up for cb in cbs):
+            n = len(history_df(cfg.out/'history.csv'))
+            return print(f"{cfg.out}: time limit of {max_hours:g} hours reached after {n} of {cfg.epochs} epochs; the same command with --resume continues")
+        took = time.time()-start
+        _save_results(cfg, learn, labelled, untrained)
+    print(_summary(cfg, took))
+
+dino_train.groups = {
+    'Data': 'path labels size n_in open_fn cache',
+    'Model': 'arch patch_size drop_path_rate out_dim use_bn_in_head norm_last_layer',
+    'Method': 'method momentum_teacher warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs freeze_last_layer lam',
+    'Crops': 'global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale rot90',
+    'Optimisation': 'epochs batch_size_per_gpu grad_accumulation optimizer lr min_lr warmup_epochs weight_decay weight_decay_end clip_grad',
+    'Run': 'resume more_epochs overwrite max_hours seed',
+    'Hardware and memory': 'num_workers precision compile grad_checkpointing chunked_loss auto_bs sync_bn',
+    'Output': 'out saveckp_freq no_report'}
+dino_train.example      = 'dino_train --path IMAGES --labels LABELLED --out runs/mine'
+dino_train.when_stopped = "; the same command with --resume continues after the last completed epoch"
+dino_train.when_full    = ("pass --grad-checkpointing or --precision bf16; --auto-bs finds the batch that fits; for dino also --chunked-loss; "
+                           "or lower --batch-size-per-gpu (--grad-accumulation makes up for it), --local-crops-number, --global-crops-size or --out-dim")
+
+# %% ../../nbs/api/51_cli.train.ipynb #7eddc64f
+def main():
+    "Run `dino_train` as a console command"
+    sys.exit(run_command(dino_train))
+
 # %% ../../nbs/api/51_cli.train.ipynb #a7d53b65
 # names of the original implementation
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}
@@ -234,100 +331,3 @@ def _command(args, n_proc):
         words += [f"--{k.replace('_','-')}", *map(str, v)]
     launcher = f'torchrun --nproc-per-node {n_proc} $(which dino_train) ' if n_proc>1 else 'dino_train '
     return launcher+shlex.join(words)
-
-# %% ../../nbs/api/51_cli.train.ipynb #77452241
-def dino_train(
-    path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
-    out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
-    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, or lejepa, which is ahead in short runs on small data
-    arch:str=None, # Backbone: any timm model name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small of the original implementation (default: vit_small; convnet_mini for the demo)
-    patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
-    epochs:int=None, # Number of epochs (default: 100; 40 for convnet_mini in the demo)
-    batch_size_per_gpu:int=64, # Batch size per rank
-    size:int=256, # Image size in pixels, from which crops are taken; 16 for the demo
-    n_in:int=3, # Number of input channels: 3 for colour images, 1 for grey images; other numbers with --open-fn
-    open_fn:str=None, # Function that opens the image files, as module:function, from a path to an array (H,W,C); with it every file in --path is used
-    labels:str=None, # Labelled images in class folders, or in train/ and test/ (or val/) of class folders, used only for k-NN accuracy and the final evaluation
-    seed:int=0, # Random seed
-    num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
-    cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
-    precision:str=None, # Precision: fp32, bf16 or fp16 (default: bf16 on a GPU that supports it, else fp32)
-    resume:bool=False, # Resume the run in --out
-    more_epochs:str='replan', # Schedules of learning rate and weight decay when a run is resumed with more --epochs: replan them, or hold their final values
-    overwrite:bool=False, # Overwrite an existing run in --out
-    saveckp_freq:int=20, # Number of epochs between checkpoints that are kept in addition to the last one; 0 keeps only the last
-    lr:float=None, # Peak learning rate for a batch of 256, scaled with the batch size; decrease it if the loss jumps
-    min_lr:float=None, # Final learning rate (cosine schedule), not scaled with the batch size
-    warmup_epochs:float=None, # Number of epochs of linear learning-rate warm-up
-    weight_decay:float=None, # Initial weight decay
-    weight_decay_end:float=None, # Final weight decay (cosine schedule); higher values help ViTs in long runs
-    optimizer:str='adamw', # Optimizer: adamw, or sgd or lars for convnets
-    clip_grad:float=None, # Maximum gradient norm per parameter; 0 disables clipping, 0.3 to 1 can help larger ViTs
-    grad_accumulation:int=1, # Number of batches whose gradients are accumulated per optimizer step
-    out_dim:int=None, # Number of prototypes, or output dimension of methods without prototypes (default: chosen by the number of images, 65536 for a million)
-    lam:float=None, # Weight of the normality term of lejepa (default: 3.2 over the batch size, within 0.02 to 0.2); increase it if RankMe falls
-    use_bn_in_head:bool_arg=None, # BatchNorm in the projection head: true or false; on small data it prevents a plateau at ln K
-    norm_last_layer:bool_arg=None, # L2-normalised prototypes: true or false; false is slightly better where training is stable
-    drop_path_rate:float=None, # Stochastic depth rate of the student (default: 0.1 for dino and simdino, else 0)
-    freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not decrease
-    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: chosen by the number of iterations); increase it for small batches in long runs
-    warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
-    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); decrease it if the loss does not decrease, values above 0.07 are often unstable
-    warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
-    global_crops_size:int=None, # Size of the two global crops in pixels (default: 224 of 256)
-    local_crops_size:int=None, # Size of the local crops in pixels (default: 96 of 256)
-    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops as fractions of the image (default: 0.4 1.0); 0.14 1.0 without local crops
-    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops as fractions of the image (default: 0.05 0.4)
-    local_crops_number:int=None, # Number of local crops per image (default: chosen by the method; 4 for dino, 8 in the paper)
-    rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
-    max_hours:float=None, # Time limit in hours; no epoch is started that would exceed it, and --resume continues the run later
-    compile:bool=False, # Compile the encoders: minutes at the start, faster afterwards
-    grad_checkpointing:bool=False, # Gradient (activation) checkpointing: less memory, about 30% slower
-    chunked_loss:bool=False, # Compute the loss one crop at a time: less memory if --out-dim is large
-    auto_bs:bool=False, # Reduce the batch size until a step fits in memory, and keep the effective batch size with gradient accumulation
-    sync_bn:bool_arg=None, # BatchNorm over all ranks in distributed training: true or false (default: true on GPUs)
-    no_report:bool=False # Skip the final evaluation and the HTML report
-):
-    "Pretrain a backbone with DINO or another self-supervised method. Writes checkpoints, the exported encoder, training history, figures and an HTML report to --out."
-    args = dict(locals())
-    cfg  = _resolve(args)
-    _check(cfg)
-    if cfg.n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
-    set_seed(seed)
-    notes = RunNotes(cfg.out, resume, args, {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}, _command(args, cfg.n_proc))
-    dls,labelled = _loaders(cfg)
-    learn = _make_learner(cfg, dls, labelled)
-    untrained = _untrained(learn)
-    if cfg.rank: learn.remove_cb(ProgressCallback)
-    else: _announce(cfg, learn)
-    cbs,start = _run_callbacks(cfg, learn, notes),time.time()
-    fit_settings(learn, cfg.epochs)                              # raises an error for a run that cannot learn
-    if not cfg.rank: _clear_checkpoints(cfg)
-    with _reported(cfg, notes):
-        _train(cfg, learn, cbs)
-        if cfg.rank: return
-        if any(isinstance(cb, TimeLimit) and cb.is_up for cb in cbs):
-            n = len(history_df(cfg.out/'history.csv'))
-            return print(f"{cfg.out}: time limit of {max_hours:g} hours reached after {n} of {cfg.epochs} epochs; the same command with --resume continues")
-        took = time.time()-start
-        _save_results(cfg, learn, labelled, untrained)
-    print(_summary(cfg, took))
-
-dino_train.groups = {
-    'Data': 'path labels size n_in open_fn cache',
-    'Model': 'arch patch_size drop_path_rate out_dim use_bn_in_head norm_last_layer',
-    'Method': 'method momentum_teacher warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs freeze_last_layer lam',
-    'Crops': 'global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale rot90',
-    'Optimisation': 'epochs batch_size_per_gpu grad_accumulation optimizer lr min_lr warmup_epochs weight_decay weight_decay_end clip_grad',
-    'Run': 'resume more_epochs overwrite max_hours seed',
-    'Hardware and memory': 'num_workers precision compile grad_checkpointing chunked_loss auto_bs sync_bn',
-    'Output': 'out saveckp_freq no_report'}
-dino_train.example      = 'dino_train --path IMAGES --labels LABELLED --out runs/mine'
-dino_train.when_stopped = "; the same command with --resume continues after the last completed epoch"
-dino_train.when_full    = ("pass --grad-checkpointing or --precision bf16; --auto-bs finds the batch that fits; for dino also --chunked-loss; "
-                           "or lower --batch-size-per-gpu (--grad-accumulation makes up for it), --local-crops-number, --global-crops-size or --out-dim")
-
-# %% ../../nbs/api/51_cli.train.ipynb #7eddc64f
-def main():
-    "Run `dino_train` as a console command"
-    sys.exit(run_command(dino_train))
