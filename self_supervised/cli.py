@@ -31,7 +31,7 @@ from .plots import *
 from .lab import *
 from .report import *
 
-# %% ../nbs/api/50_cli.ipynb #f5612e3a
+# %% ../nbs/api/50_cli.ipynb #15869aaf
 def _sentence(e):
     "The last line of an error: before it, fastai and the loaders' workers say where it passed"
     line = next((l.strip() for l in reversed(str(e).splitlines()) if l.strip()), type(e).__name__)
@@ -62,15 +62,15 @@ def run_command(
         return 130
     except Exception as e:
         if out_of_memory(e):
-            need = re.search(r'a step of .*? GB \(.*?\)', str(e))
-            print(f"{name}: out of memory: {need[0]+'; ' if need else ''}{getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
+            need = getattr(e, 'need', None)
+            print(f"{name}: out of memory: {need+'; ' if need else ''}{getattr(func, 'when_full', 'pass fewer or smaller images')}", file=sys.stderr)
             return 1
         if not isinstance(e, (ValueError, OSError, RunFailed, MissingExtra)): raise
         print(f"{name}: {_sentence(e)}", file=sys.stderr)
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/api/50_cli.ipynb #c4dcfdeb
+# %% ../nbs/api/50_cli.ipynb #29645b72
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -236,7 +236,7 @@ def dino_train(
     with _reported(notes, not (rank or no_report)):
         with learn.distrib_ctx(sync_bn=ifnone(sync_bn, not cpu), cpu=cpu) if n_proc>1 else nullcontext():
             (learn.fit_dino if method=='dino' else learn.pretrain)(epochs, lr, min_lr, warmup_epochs, _wd(weight_decay, weight_decay_end), cbs=[keep, History(out/'history.csv', resume), notes]+limit)
-        if any('The loss is not a number' in o for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
+        if any(o.sign=='nan' for o in learn.collapse_monitor.messages): raise RunFailed("the loss is not a number; see the advice above")
         if rank: return
         if any(o.is_up for o in limit):
             return print(f"{out}: --max-hours {max_hours:g} is up after {len(history_df(out/'history.csv'))} of {epochs} epochs; the same command with --resume goes on")
@@ -259,7 +259,7 @@ def main():
     "The command `dino_train`"
     sys.exit(run_command(dino_train))
 
-# %% ../nbs/api/50_cli.ipynb #3ce36a6d
+# %% ../nbs/api/50_cli.ipynb #ea9dab19
 def _pick(large, small, i, default): return (ifnone(large,[default[0]]*2)[i], ifnone(small,[default[1]]*2)[i])
 def _wd(start, end): return None if start is None and end is None else (ifnone(start, end), ifnone(end, start))
 
@@ -277,7 +277,7 @@ def _reported(notes, wanted):
     "However a run ends, it is noted, and its page is written"
     try: yield
     except BaseException as e:
-        try: notes.ended('it was stopped by hand' if isinstance(e, KeyboardInterrupt) else 'memory was full' if out_of_memory(e) else _sentence(e))
+        try: notes.ended('interrupted') if isinstance(e, KeyboardInterrupt) else notes.ended('out_of_memory') if out_of_memory(e) else notes.ended('failed', _sentence(e))
         except OSError: pass                                     # a full disk has its sentence already
         raise
     finally:
