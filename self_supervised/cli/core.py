@@ -50,7 +50,7 @@ def _version():
     except metadata.PackageNotFoundError: own = '(not installed)'
     return f"self_supervised {own}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
 
-# %% ../../nbs/api/50_cli.core.ipynb #f80f267e
+# %% ../../nbs/api/50_cli.core.ipynb #e4a358fb
 class RunFailed(Exception): "A run ended without a result; the message gives the reason"
 
 def last_line(
@@ -84,9 +84,9 @@ def run_command(
     except KeyboardInterrupt: return _exit(f'\n{name}', f"stopped{getattr(func, 'when_stopped', '')}", 130)
     except Exception as e:
         if out_of_memory(e):
-            need = re.search(r'a step of .*? GB \(.*?\)', str(e))
+            need   = f'{e.need}; ' if getattr(e, 'need', None) else ''                      # what a step needs, if memory was estimated
             advice = getattr(func, 'when_full', 'pass fewer or smaller images')
-            return _exit(name, f"out of memory: {need[0]+'; ' if need else ''}{advice}", 1)
+            return _exit(name, f"out of memory: {need}{advice}", 1)
         if not isinstance(e, (ValueError, OSError, RunFailed, MissingExtra)): raise
         return _exit(name, last_line(e), 1 if isinstance(e, RunFailed) else 2)
     return 0

@@ -246,7 +246,7 @@ def _untrained(learn):
     enc.mean,enc.std = learn.model.mean,learn.model.std
     return enc
 
-# %% ../../nbs/api/51_cli.train.ipynb #246f79de
+# %% ../../nbs/api/51_cli.train.ipynb #15607873
 # options that may differ between a run and its continuation
 _may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq','max_hours','compile',
                'grad_checkpointing','chunked_loss','no_report')
@@ -286,16 +286,17 @@ def _train(cfg, learn, cbs):
     fit = learn.fit_dino if cfg.method=='dino' else learn.pretrain
     with learn.distrib_ctx(sync_bn=ifnone(cfg.sync_bn, not cpu), cpu=cpu) if cfg.n_proc>1 else nullcontext():
         fit(cfg.epochs, cfg.lr, cfg.min_lr, cfg.warmup_epochs, _pair(cfg.weight_decay, cfg.weight_decay_end), cbs=cbs)
-    if any(getattr(m, 'sign', None)=='nan' or 'The loss is not a number' in str(m) for m in learn.collapse_monitor.messages):
+    if any(m.sign=='nan' for m in learn.collapse_monitor.messages):
         raise RunFailed("the loss is not a number; see the advice above")
 
-# %% ../../nbs/api/51_cli.train.ipynb #13b4c7d8
+# %% ../../nbs/api/51_cli.train.ipynb #20518aa7
 @contextmanager
 def _reported(cfg, notes):
     "Note how a run ends, and write its report"
     try: yield
     except BaseException as e:
-        try: notes.ended('it was stopped by hand' if isinstance(e, KeyboardInterrupt) else 'memory was full' if out_of_memory(e) else last_line(e))
+        end = ('interrupted',) if isinstance(e, KeyboardInterrupt) else ('out_of_memory',) if out_of_memory(e) else ('failed',last_line(e))
+        try: notes.ended(*end)
         except OSError: pass                                     # a full disk has been reported
         raise
     finally:
