@@ -13,7 +13,7 @@ import io, json
 from .data import *
 from .checkpoints import *
 
-# %% ../nbs/api/23_prepare.ipynb #3c929104
+# %% ../nbs/api/23_prepare.ipynb #98d8971a
 _jpeg = ('.jpg','.jpeg','.jpe','.jfif')
 
 class _Resized:
@@ -30,7 +30,7 @@ class _Resized:
         return src.stat().st_size,dst.stat().st_size,None
 
     def encoded(self, src, jpeg):
-        im = open_rgb(src, 2*self.size)                          # a JPEG decoded at half its size or less has the same detail
+        im = open_rgb(src, 2*self.size)     # a JPEG decoded at half its size or less has the same detail
         w,h = im.size
         s = min(w,h)
         if s<=self.size and src.suffix.lower() in ('.png',*_jpeg): return src.read_bytes()
@@ -59,7 +59,8 @@ def _check_settings(out, now):
     if file.exists():
         try: before = json.loads(file.read_text())
         except ValueError as e: raise ValueError(f"{file} cannot be read ({e}): pass another folder") from e
-        if before!=now: raise ValueError(f"{out} holds copies made with {before}, not {now}: pass the same, or another folder")
+        if before!=now:
+            raise ValueError(f"{out} holds copies made with {before}, not {now}: pass the same, or another folder")
     elif out.is_dir() and any(out.iterdir()): raise ValueError(f"{out} holds files of another kind: pass a new folder")
     else:
         with atomic_path(file) as tmp: tmp.write_text(json.dumps(now))
@@ -85,8 +86,9 @@ def prepare_images(
     for p in out.rglob('.*.tmp'): p.unlink(missing_ok=True)      # of a process that was killed while it wrote
     bad_list = out/'bad_files.jsonl'
     bad_list.unlink(missing_ok=True)
+    n_workers = min(ifnone(num_workers, defaults.cpus), len(files))
     dl = torch_data.DataLoader(_Resized(files, copies, size, quality), batch_size=None, collate_fn=noop,
-                               num_workers=min(ifnone(num_workers, defaults.cpus), len(files)), worker_init_fn=_no_pil_warnings)
+                               num_workers=n_workers, worker_init_fn=_no_pil_warnings)
     bad,res = [],dict(n=0, before=0, after=0)
     try:
         for src,(before,after,error) in zip(files, progress_bar(dl, leave=False) if progress else dl):

@@ -10,10 +10,10 @@ from fastai.vision.all import *
 from .data import *
 from .vision.core import *
 
-# %% ../nbs/api/46_profiling.ipynb #67993df5
+# %% ../nbs/api/46_profiling.ipynb #152ab3c9
 class _Clock(Callback):
     "At each of its events, add the time since the last event to a phase"
-    def __init__(self, times, order, **phases): self.times,self.order,self.phases = times,order,phases       # phases: event to name
+    def __init__(self, times, order, **phases): self.times,self.order,self.phases = times,order,phases   # event to name
     def __call__(self, event):
         if event not in self.phases or self.phases[event] and not self.training: return
         if torch.accelerator.is_available(): torch.accelerator.synchronize()
@@ -24,7 +24,7 @@ class _Clock(Callback):
 def epoch_times(
     learn:Learner, # Learner with `DINO` or another `MultiView`; it is trained
     n_epoch:int=1 # Number of epochs to measure, after one epoch of warm-up
-)->dict: # Seconds per batch: `waiting`, `views`, `step`, and `opening` in one process (0 where no file is opened); and number of `workers`
+)->dict: # Seconds per batch: `waiting`, `views`, `step`, and `opening` in one process; and number of `workers`
     "Measure where the time of an epoch goes"
     view = first(learn.cbs, risinstance(MultiView))
     if view is None: raise ValueError("a learner without views: pass one with DINO among its callbacks")

@@ -100,7 +100,7 @@ def test_dino_prepare_goes_on_where_it_was_stopped(sig, tmp_path, capfd):
     (out/'.x.png.1.tmp').write_bytes(b'half')
     assert run_command(dino_prepare, [str(d), str(out), '--size', '32'])==0
     said = capfd.readouterr().out
-    assert '40 images' in said and '1 could not be read' in said
+    assert '40 images' in said and '1 unreadable' in said
     assert {f: f.stat().st_mtime_ns for f in done}==done and still<=len(done)+4      # nobody went on without the command
     prepare_images(d, whole, 32, num_workers=0, progress=False)
     assert tree(out)==tree(whole) and [o['path'] for o in map(json.loads, (out/'bad_files.jsonl').open())]==[str(d/'bad.jpg')]

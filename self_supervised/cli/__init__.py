@@ -1,4 +1,4 @@
-"The console commands. Modules are imported when one of their names is used, so that a command imports only what it needs"
+"The console commands. A module is imported when one of its names is used, so a command imports only what it needs"
 import importlib
 
 _where = dict(

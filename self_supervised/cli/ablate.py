@@ -12,19 +12,21 @@ from typing import Annotated
 from ..lab import *
 from ..lab import variants as lab_variants                      # the option has the same name
 
-# %% ../../nbs/api/54_cli.ablate.ipynb #08433418
+# %% ../../nbs/api/54_cli.ablate.ipynb #1ac4ff7a
 def dino_ablate(
     out:str='runs/ablation', # Output directory: runs.jsonl, table.csv and table.png
     variants:Annotated[str, {'nargs':'+'}]=None, # Names of variants, see --list (default: all of them)
     seeds:Annotated[int, {'nargs':'+'}]=None, # Random seeds, one run each per variant (default: 0 1 2)
-    data:str='digits', # Labelled images: digits or shapes, which are built in, or a folder with class folders, or with train/ and test/ of class folders
+    data:str='digits', # Labelled images: digits or shapes (built in), or a folder with class folders
     holdout:str='test', # Images to evaluate on: test to report results, valid to choose settings (built-in data only)
     arch:str='convnet_mini', # Backbone: any timm model name
     epochs:int=30, # Number of epochs per run
     batch_size:int=64, # Batch size
     list:bool=False # Print names and settings of the variants, and exit
 ):
-    "Train and evaluate variants of DINO and other methods with the same data and budget. Writes one table and one figure to --out."
+    """Train and evaluate variants of DINO and other methods with the same data and budget.
+
+    Writes one table and one figure to --out."""
     known = baselines | lab_variants
     if list:
         for n,s in known.items(): print(f'{n:32}', *(f"{k}={getattr(v, '__name__', v)}" for k,v in s.items()))
@@ -34,10 +36,12 @@ def dino_ablate(
     check_range('epochs', epochs, 1)
     check_range('batch_size', batch_size, 1)
     if holdout not in ('test','valid'): raise ValueError(f"--holdout {holdout}: pass test or valid")
-    runs = ablate(out, {v:known[v] for v in variants or known}, seeds or (0,1,2), data, holdout, arch, epochs, batch_size)
+    chosen = {v:known[v] for v in variants or known}
+    runs = ablate(out, chosen, seeds or (0,1,2), data, holdout, arch, epochs, batch_size)
     print(ablation_table(runs, best=True).to_string())
 
-dino_ablate.groups       = {'Variants': 'variants list seeds', 'Data': 'data holdout', 'Training': 'arch epochs batch_size', 'Output': 'out'}
+dino_ablate.groups = {'Variants': 'variants list seeds', 'Data': 'data holdout', 'Training': 'arch epochs batch_size',
+                      'Output': 'out'}
 dino_ablate.example      = 'dino_ablate --variants DINO LeJEPA --seeds 0 1 2 --epochs 30'
 dino_ablate.when_stopped = "; the same command continues after the last completed run"
 

@@ -18,7 +18,7 @@ from ..checkpoints import *
 from ..runs import *
 from ..memory import *
 
-# %% ../../nbs/api/50_cli.core.ipynb #d23aa83f
+# %% ../../nbs/api/50_cli.core.ipynb #3c084c54
 class _Unbroken(argparse.RawDescriptionHelpFormatter):
     "Keep the example on its own line, and break no line within an option such as --out-dim"
     def _split_lines(self, text, width): return textwrap.wrap(' '.join(text.split()), width, break_on_hyphens=False)
@@ -30,12 +30,13 @@ def command_parser(
     parser = anno_parser(func, prog=func.__name__)
     parser.formatter_class = type('_Help', (_Unbroken,parser.formatter_class), {})
     width  = min(100, shutil.get_terminal_size((100,30))[0])
+    text    = textwrap.fill(' '.join(func.__doc__.split()), width, break_on_hyphens=False)
     example = f'\n\nExample:\n  {func.example}' if hasattr(func, 'example') else ''
-    parser.description,parser.epilog = textwrap.fill(func.__doc__, width, break_on_hyphens=False)+example,None
+    parser.description,parser.epilog = text+example,None
     parser.add_argument('--version', action='version', version=_version(), help='Show version information and exit')
     actions = {a.dest:a for a in parser._actions}
     for a in actions.values():
-        if a.nargs==0: a.help = a.help.removesuffix(f' (default: {a.default})')                # of flags, the default goes without saying
+        if a.nargs==0: a.help = a.help.removesuffix(f' (default: {a.default})')    # of flags
     parser.usage = ' '.join(['%(prog)s', *(a.dest for a in actions.values() if not a.option_strings), '[options]'])
     for title,names in getattr(func, 'groups', {}).items():
         group = parser.add_argument_group(title)
@@ -48,9 +49,10 @@ def _version():
     "Versions that a bug report needs"
     try: own = metadata.version('self-supervised-dino')
     except metadata.PackageNotFoundError: own = '(not installed)'
-    return f"self_supervised {own}, torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}"
+    python = platform.python_version()
+    return f"self_supervised {own}, torch {torch.__version__}, timm {timm.__version__}, Python {python}"
 
-# %% ../../nbs/api/50_cli.core.ipynb #e4a358fb
+# %% ../../nbs/api/50_cli.core.ipynb #c485c0c8
 class RunFailed(Exception): "A run ended without a result; the message gives the reason"
 
 def last_line(
@@ -84,14 +86,14 @@ def run_command(
     except KeyboardInterrupt: return _exit(f'\n{name}', f"stopped{getattr(func, 'when_stopped', '')}", 130)
     except Exception as e:
         if out_of_memory(e):
-            need   = f'{e.need}; ' if getattr(e, 'need', None) else ''                      # what a step needs, if memory was estimated
+            need   = f'{e.need}; ' if getattr(e, 'need', None) else ''      # memory of a step, if it was estimated
             advice = getattr(func, 'when_full', 'pass fewer or smaller images')
             return _exit(name, f"out of memory: {need}{advice}", 1)
         if not isinstance(e, (ValueError, OSError, RunFailed, MissingExtra)): raise
         return _exit(name, last_line(e), 1 if isinstance(e, RunFailed) else 2)
     return 0
 
-# %% ../../nbs/api/50_cli.core.ipynb #3b6a5427
+# %% ../../nbs/api/50_cli.core.ipynb #12b38be6
 def named_open_fn(
     name:str|None # Value of --open-fn, module:function
 )->Callable|None: # The function, imported by that name, so that data-loading workers can import it too
@@ -99,11 +101,13 @@ def named_open_fn(
     if not name: return None
     module,_,func = name.partition(':')
     if not module or not func:
-        raise ValueError(f"--open-fn {name}: pass module:function, for example my_images:open_scan for the function open_scan of my_images.py in this folder")
+        raise ValueError(f"--open-fn {name}: pass module:function, for example my_images:open_scan "
+                         "for the function open_scan of my_images.py in this folder")
     if os.getcwd() not in sys.path: sys.path.append(os.getcwd())
     try: f = nested_attr(importlib.import_module(module), func)
     except ImportError as e:
-        raise ValueError(f"--open-fn {name}: {module} cannot be imported ({e}); pass a module of this folder, or one that is installed") from e
+        raise ValueError(f"--open-fn {name}: {module} cannot be imported ({e}); "
+                         "pass a module of this folder, or one that is installed") from e
     if not callable(f): raise ValueError(f"--open-fn {name}: {module} has no function {func}")
     return f
 
@@ -115,4 +119,5 @@ def check_range(
 ):
     "Raise an error that names the option and its range if `value` is out of range"
     if value is None or value>=low and (high is None or value<=high) and value<math.inf: return
-    raise ValueError(f"--{option.replace('_','-')} {value}: pass {low} or more" + (f", {high} or less" if high is not None else ''))
+    most = '' if high is None else f", {high} or less"
+    raise ValueError(f"--{option.replace('_','-')} {value}: pass {low} or more{most}")

@@ -27,7 +27,7 @@ from ..evaluation.segmentation import *
 from ..evaluation.unlabelled import *
 from ..plots import *
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #d518f10d
+# %% ../../nbs/api/52_cli.evaluate.ipynb #c4e6f9d4
 def _json_file(a):
     "The file to write: in the run directory for one run, else in the current directory"
     one = len(a.encoders)==1 and Path(a.encoders[0]).is_dir()
@@ -41,18 +41,18 @@ def _evaluate(a, src):
     set_seed(a.seed)
     enc    = open_encoder(src, a.pretrained, a.who, ifnone(a.n_in, 3)).to(a.device)
     n      = ifnone(a.n_in, channels_of(enc))
-    advice = 'pass --open-fn' if 'open_fn' in _options[a.protocol] else f'{a.protocol} needs tensors, which a script can pass'
+    advice = 'pass --open-fn' if 'open_fn' in _options[a.protocol] else f'call the function of {a.protocol} with tensors'
     opens  = opener(n, named_open_fn(a.open_fn), advice) if a.data else None
     return _protocols[a.protocol](enc, AttrDict(a, encoder=src, n_in=n, opens=opens)),image_feature(enc)
 
 def dino_eval(
     protocol:str, # Protocol: knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
-    encoder:Annotated[str, {'nargs':'+'}]=None, # Encoders: run directories, checkpoints, files of export_encoder, timm model names, or pixels; pass several to compare them in one table
-    data:str=None, # Data folder: class folders (knn, linear, lowshot, finetune; default: built-in digits), roxford5k or rparis6k, Copydays or any images, DAVIS, or VOC2012
-    out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, else eval_PROTOCOL_ENCODER.json here)
+    encoder:Annotated[str, {'nargs':'+'}]=None, # Encoders to compare: run directories, checkpoints, exported files, timm names, or pixels
+    data:str=None, # Folder of images, in the layout of the protocol (default: built-in digits, if classes are needed)
+    out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, or eval_PROTOCOL_ENCODER.json)
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=None, # Image size in pixels (default: 224; digits 16; copydetection 320; longest side for retrieval 512, shortest side for video and segmentation 480)
+    size:int=None, # Image size in pixels (default: 224; digits 16, copydetection 320, retrieval 512, video, segmentation 480)
     n_in:int=None, # Number of input channels: 3, or 1 for grey images; others with --open-fn (default: the encoder's)
     open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
     batch_size:int=64, # Batch size
@@ -60,16 +60,16 @@ def dino_eval(
     precision:str='fp32', # Precision of the forward pass: fp32, bf16 or fp16
     device:str=None, # Device, for example cpu or cuda (default: the GPU if there is one)
     seed:int=0, # Random seed
-    groups:str=None, # Regular expression for the (group) in a file name; images of a group stay on one side of the split, for example '^(.+?)_' for patient_slice.png
+    groups:str=None, # Regular expression for the (group) of a file name, for example '^(.+?)_'; splits keep groups whole
     k:Annotated[int, {'nargs':'+'}]=None, # Numbers of nearest neighbours (default: 10 20 100 200)
     temperature:float=.07, # Temperature of the neighbours' weights
-    n_blocks:Annotated[int, {'nargs':'+'}]=None, # Numbers of last transformer blocks whose features are concatenated; several are compared (default: 1)
+    n_blocks:Annotated[int, {'nargs':'+'}]=None, # Numbers of last blocks to take features from (default: 1)
     avgpool:bool=False, # Compare also with the mean of the patch tokens appended
     lrs:Annotated[float, {'nargs':'+'}]=None, # Learning rates for a batch of 256, all compared (default: 0.001 to 3)
-    valid_pct:float=.1, # Fraction of the training images for choosing the learning rate; 0 uses the test images, as the paper does
+    valid_pct:float=.1, # Fraction of training images to choose the learning rate on; 0 uses the test images, as the paper
     augment:bool=False, # Train the linear classifier on random crops, as the paper does
     linear_weights:str=None, # File of a pretrained linear classifier, in place of training one
-    labels:Annotated[float, {'nargs':'+'}]=None, # Numbers of labels per class, or fractions of the labels below 1 (default: 1 0.01 0.1)
+    labels:Annotated[float, {'nargs':'+'}]=None, # Labels per class, or fractions of labels below 1 (default: 1 0.01 0.1)
     draws:int=5, # Number of random subsets of the labels
     epochs:int=None, # Number of epochs (default: 100 for linear, 5 for finetune)
     lr:float=2e-3, # Learning rate of the classifier; earlier layers use lower ones
@@ -85,10 +85,13 @@ def dino_eval(
     masks_out:str=None, # Folder to write palette masks to
     no_progress:bool=False # Hide the progress bars
 ):
-    "Evaluate encoders with a protocol of the DINO paper. Prints a table and writes it to a JSON file, with the settings."
+    """Evaluate encoders with a protocol of the DINO paper.
+
+    Prints a table and writes it to a JSON file, with the settings."""
     a  = AttrDict(locals(), progress=not no_progress)
-    ps = inspect.signature(dino_eval).parameters
-    _check(a, {o:a[o] for o,p in ps.items() if o not in ('protocol','encoder','data','out','no_progress') and a[o]!=p.default})
+    defaults = {o:p.default for o,p in inspect.signature(dino_eval).parameters.items()}
+    common   = ('protocol','encoder','data','out','no_progress')
+    _check(a, {o:a[o] for o in defaults if o not in common and a[o]!=defaults[o]})
     for nm,default in _defaults.items(): a[nm] = ifnone(a[nm], default)
     a.encoders,a.device = [encoder] if isinstance(encoder, str) else list(encoder),device_named(device)
     file = _json_file(a)
@@ -96,8 +99,9 @@ def dino_eval(
     start,found = time.time(),{e: _evaluate(a, e) for e in a.encoders}
     tables = {e:t for e,(t,_) in found.items()}
     table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
-    res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits', features={e:f for e,(_,f) in found.items()},
-               table=table.reset_index().to_dict('records'), seconds=round(time.time()-start, 1), settings={o:a[o] for o in _options[protocol]},
+    res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits',
+               features={e:f for e,(_,f) in found.items()}, table=table.reset_index().to_dict('records'),
+               seconds=round(time.time()-start, 1), settings={o:a[o] for o in _options[protocol]},
                versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
     with atomic_path(file) as tmp: tmp.write_text(json.dumps(to_plain(res, other=str), indent=1, allow_nan=False))
     print(table.to_string())
@@ -105,9 +109,11 @@ def dino_eval(
 
 dino_eval.groups = {
     'Input': 'protocol encoder data', 'Encoder': 'pretrained who size n_in', 'Data': 'open_fn groups',
-    'Protocol knn': 'k temperature', 'Protocol linear': 'n_blocks avgpool lrs valid_pct augment linear_weights', 'Protocol lowshot': 'labels draws',
-    'Protocols linear and finetune': 'epochs', 'Protocol finetune': 'lr', 'Protocol retrieval': 'benchmark multiscale crop_queries',
-    'Protocol copydetection': 'distractors whiten_on', 'Protocol segmentation': 'masks objects keep', 'Protocols video and segmentation': 'split', 'Protocol video': 'masks_out',
+    'Protocol knn': 'k temperature', 'Protocol linear': 'n_blocks avgpool lrs valid_pct augment linear_weights',
+    'Protocols linear and finetune': 'epochs', 'Protocol finetune': 'lr', 'Protocol lowshot': 'labels draws',
+    'Protocol retrieval': 'benchmark multiscale crop_queries', 'Protocol copydetection': 'distractors whiten_on',
+    'Protocol segmentation': 'masks objects keep', 'Protocols video and segmentation': 'split',
+    'Protocol video': 'masks_out',
     'Hardware and progress': 'batch_size num_workers precision device seed no_progress', 'Output': 'out'}
 dino_eval.example   = 'dino_eval knn --encoder runs/mine pixels --data LABELLED'
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
@@ -117,19 +123,24 @@ def eval_main():
     "Run `dino_eval` as a console command"
     sys.exit(run_command(dino_eval))
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #241c7084
+# %% ../../nbs/api/52_cli.evaluate.ipynb #a3d415ac
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
     if a.data is None: return digits_dls(a.size or 16, a.batch_size, device=a.device)
-    return labelled_dls(a.data, a.size or 224, a.batch_size, num_workers=a.num_workers, open_fn=a.opens, seed=a.seed, device=a.device, **kwargs)
+    return labelled_dls(a.data, a.size or 224, a.batch_size, num_workers=a.num_workers, open_fn=a.opens, seed=a.seed,
+                        device=a.device, **kwargs)
 
 def _group_of(pattern, file):
     m = re.search(pattern, file.name)
-    if not m: raise ValueError(f"--groups {pattern}: {file.name} does not match; pass a regular expression that matches every file name")
+    if not m:
+        raise ValueError(f"--groups {pattern}: {file.name} does not match; pass an expression that matches every file name")
     return m.group(1) if m.groups() else m.group()
 
-def _common(a): return dict(groups=partial(_group_of, a.groups) if a.groups else None, seed=a.seed, precision=a.precision, progress=a.progress)
+def _common(a):
+    "Arguments that the protocols with classes share"
+    groups = partial(_group_of, a.groups) if a.groups else None
+    return dict(groups=groups, seed=a.seed, precision=a.precision, progress=a.progress)
 
 def _tops(scores, y, k=5):
     "Compute top-1 and top-5 accuracy in percent, and balanced accuracy where class sizes differ"
@@ -139,7 +150,8 @@ def _tops(scores, y, k=5):
 def _knn(enc, a):
     ftr,ytr,fte,yte = split_features(enc, _dls(a), **_common(a))
     ks     = [k for k in a.k if k<=len(ftr)] if a.k==_defaults['k'] else a.k
-    scores = knn_classifier(ftr, ytr, fte, ks or [len(ftr)], a.temperature, int(max(ytr.max(), yte.max()))+1, device=a.device)
+    n_classes = int(max(ytr.max(), yte.max()))+1
+    scores = knn_classifier(ftr, ytr, fte, ks or [len(ftr)], a.temperature, n_classes, device=a.device)
     return pd.DataFrame({k: _tops(s, yte, k) for k,s in scores.items()}).T.rename_axis('k')
 
 def _linear(enc, a):
@@ -149,21 +161,23 @@ def _linear(enc, a):
         f,y = labelled_features(enc, dls[1], precision=a.precision, progress=a.progress, **opts)
         n_classes = len(dls.vocab) if hasattr(dls, 'vocab') else int(y.max())+1
         if lin.out_features<=y.max() or lin.in_features!=f.shape[1]:
-            raise ValueError(f"{a.linear_weights} maps {lin.in_features} features to {lin.out_features} classes, but there are {f.shape[1]} features "
-                             f"and {n_classes} classes: pass the encoder and the data it was trained for")
+            raise ValueError(f"{a.linear_weights} maps {lin.in_features} features to {lin.out_features} classes, "
+                             f"but there are {f.shape[1]} features and {n_classes} classes: "
+                             "pass the encoder and the data it was trained for")
         return pd.DataFrame({str(a.linear_weights): _tops(lin.to(f.device)(f), y)}).T.rename_axis('classifier')
     size  = ifnone(a.size, 16 if a.data is None else 224)
     view  = probe_view(size, a.n_in) if a.augment else None
-    uncut = _dls(AttrDict(a, size=round(size/.875)), crop_pct=1)[0] if a.augment and a.data else None       # before the random crops
+    uncut = _dls(AttrDict(a, size=round(size/.875)), crop_pct=1)[0] if a.augment and a.data else None
     avgpool = (False,True) if a.avgpool else False
-    return linear_probe(enc, dls, tuple(a.n_blocks), avgpool, tuple(a.lrs), ifnone(a.epochs, 100), valid_pct=a.valid_pct,
-                        augment=view, augment_dl=uncut, **_common(a))[0]
+    return linear_probe(enc, dls, tuple(a.n_blocks), avgpool, tuple(a.lrs), ifnone(a.epochs, 100),
+                        valid_pct=a.valid_pct, augment=view, augment_dl=uncut, **_common(a))[0]
 
 def _lowshot(enc, a):
     ftr,ytr,fte,yte = split_features(enc, _dls(a), **_common(a))
     rows = {}
     for n in a.labels:
-        if n>=1 and n!=int(n): raise ValueError(f"--labels {n:g}: pass whole numbers of labels per class, or fractions below 1")
+        if n>=1 and n!=int(n):
+            raise ValueError(f"--labels {n:g}: pass whole numbers of labels per class, or fractions below 1")
         hits = lowshot_hits(ftr, ytr, fte, yte, n if n<1 else int(n), a.draws, seed=a.seed)
         s,b  = (100*np.array([mean_hits(h, yte, balanced) for h in hits]) for balanced in (False,True))
         row  = dict(mean=s.mean().round(2), std=s.std().round(2), draws=a.draws)
@@ -173,8 +187,10 @@ def _lowshot(enc, a):
 
 def _finetune(enc, a):
     learn = finetune_learner(_dls(a, **({} if a.data is None else dict(batch_tfms=aug_transforms()))), enc)
-    with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging(): learn.fine_tune(ifnone(a.epochs, 5), a.lr)
-    shown = {i: dict(accuracy='top-1', balanced_accuracy_score='balanced').get(n) for i,n in enumerate(learn.recorder.metric_names[1:-1])}
+    with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging():
+        learn.fine_tune(ifnone(a.epochs, 5), a.lr)
+    columns = dict(accuracy='top-1', balanced_accuracy_score='balanced')
+    shown = {i: columns.get(n) for i,n in enumerate(learn.recorder.metric_names[1:-1])}
     rows  = [{n: _pct(v[i]) for i,n in shown.items() if n} for v in learn.recorder.values]
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='epoch'))
 
@@ -189,7 +205,8 @@ def _copydetection(enc, a):
     return f(enc, a.data, a.distractors, whiten_on=a.whiten_on, size=a.size or 320, precision=a.precision,
              num_workers=a.num_workers, open_fn=a.opens, progress=a.progress).round(2)
 
-def _video(enc, a): return video_accuracy(enc, a.data, a.masks_out, a.split, size=a.size or 480, progress=a.progress).round(2)
+def _video(enc, a):
+    return video_accuracy(enc, a.data, a.masks_out, a.split, size=a.size or 480, progress=a.progress).round(2)
 
 def _segmentation(enc, a):
     data  = Path(a.data)
@@ -202,37 +219,45 @@ def _unlabelled(enc, a):
     models = {f'epoch {e}':f for e,f in run_checkpoints(src).items()} if saved else {src.name: enc}
     if a.data is None: dl = digits_dls(a.size or 16, a.batch_size, device=a.device)[0]
     else:
-        dls = unlabelled_dls(a.data, a.size or 224, 1, num_workers=a.num_workers, seed=a.seed, device=a.device, open_fn=a.opens)
+        dls = unlabelled_dls(a.data, a.size or 224, 1, num_workers=a.num_workers, seed=a.seed, device=a.device,
+                             open_fn=a.opens)
         dl  = dls.train.new(bs=a.batch_size)
     return rank_table(models, dl, a.who, a.device, precision=a.precision, progress=a.progress).round(3)
 
-_protocols = dict(knn=_knn, linear=_linear, lowshot=_lowshot, finetune=_finetune, retrieval=_retrieval, copydetection=_copydetection,
-                  video=_video, segmentation=_segmentation, unlabelled=_unlabelled)
+_protocols = dict(knn=_knn, linear=_linear, lowshot=_lowshot, finetune=_finetune, retrieval=_retrieval,
+                  copydetection=_copydetection, video=_video, segmentation=_segmentation, unlabelled=_unlabelled)
 _labelled  = ('knn','linear','lowshot','finetune','unlabelled')
 _defaults  = dict(k=[10,20,100,200], n_blocks=[1], lrs=[1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.], labels=[1.,.01,.1])
 _common_options = 'pretrained who size n_in num_workers device seed'.split()
 _options = {p: _common_options+o.split() for p,o in dict(                       # options that each protocol reads
     knn='open_fn batch_size precision groups k temperature',
     linear='open_fn batch_size precision groups n_blocks avgpool lrs valid_pct augment linear_weights epochs',
-    lowshot='open_fn batch_size precision groups labels draws', finetune='open_fn batch_size epochs lr',
-    retrieval='open_fn precision benchmark multiscale crop_queries', copydetection='open_fn precision distractors whiten_on',
-    video='split masks_out', segmentation='masks objects keep split', unlabelled='open_fn batch_size precision').items()}
+    lowshot='open_fn batch_size precision groups labels draws',
+    finetune='open_fn batch_size epochs lr',
+    retrieval='open_fn precision benchmark multiscale crop_queries',
+    copydetection='open_fn precision distractors whiten_on',
+    video='split masks_out',
+    segmentation='masks objects keep split',
+    unlabelled='open_fn batch_size precision').items()}
+_minimum = dict(size=1, batch_size=1, num_workers=0, epochs=1, draws=1, seed=0, lr=1e-12, temperature=1e-6, n_in=1)
 
 def _check(a, given):
     if a.protocol not in _protocols: raise ValueError(f"protocol {a.protocol}: pass one of {', '.join(_protocols)}")
     if not a.encoder: raise ValueError("missing --encoder: pass a file, a run directory, a timm model name or pixels")
-    if a.data is None and a.protocol not in _labelled: raise ValueError(f"{a.protocol} needs images: pass --data FOLDER")
-    if a.data is not None and not Path(a.data).is_dir(): raise ValueError(f"--data {a.data} is not a folder: pass a folder of images")
-    if a.data is None and a.groups: raise ValueError("--groups without --data: the built-in digits are not files; pass --data FOLDER")
-    if a.data is None and a.open_fn: raise ValueError("--open-fn without --data: the built-in digits are not files; pass --data FOLDER")
-    if a.data is None and given.get('n_in',3)!=3: raise ValueError("--n-in without --data: the built-in digits have three channels; pass --data FOLDER")
+    if a.data is not None and not Path(a.data).is_dir():
+        raise ValueError(f"--data {a.data} is not a folder: pass a folder of images")
+    if a.data is None:
+        if a.protocol not in _labelled: raise ValueError(f"{a.protocol} needs images: pass --data FOLDER")
+        for o,what in dict(groups='are not files', open_fn='are not files', n_in='have three channels').items():
+            if given.get(o, 3)==3: continue
+            raise ValueError(f"--{o.replace('_','-')} without --data: the built-in digits {what}; pass --data FOLDER")
     for o in given:
         if o in _options[a.protocol]: continue
         others = ', '.join(p for p,os in _options.items() if o in os)
         raise ValueError(f"--{o.replace('_','-')} is an option of {others}, not of {a.protocol}: leave it out")
-    for o,low in dict(size=1, batch_size=1, num_workers=0, epochs=1, draws=1, seed=0, lr=1e-12, temperature=1e-6, n_in=1).items(): check_range(o, a[o], low)
+    for o,low in _minimum.items(): check_range(o, a[o], low)
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #94880337
+# %% ../../nbs/api/52_cli.evaluate.ipynb #2439eaa0
 def _figure(enc, im, keep, query):
     "Figure with attention maps, masks, and patch features of one image"
     n   = max(2, nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.num_heads', 2))
@@ -261,28 +286,33 @@ def dino_attention(
     who:str='teacher', # Network of a checkpoint: teacher or student
     size:int=480, # Shortest side of the resized image in pixels; 0 keeps the original size
     keep:float=None, # Fraction of the attention that the masks keep (default: 0.6; videos show the attention itself)
-    query:Annotated[int, {'nargs':2}]=None, # Row and column of the patch whose attention is plotted (default: the class token)
+    query:Annotated[int, {'nargs':2}]=None, # Row and column of the patch to plot attention of (default: class token)
     fps:int=10, # Frames per second of a video
     device:str=None # Device, for example cpu or cuda (default: the GPU if there is one)
 ):
-    "Plot the attention of the last block of a vision transformer: maps and masks of each head, all heads in one image, and a PCA of the patch features. For a folder of frames, writes a video."
+    """Plot the attention of the last block of a vision transformer.
+
+    Writes a figure with maps and masks of each head, all heads in one image, and a PCA of the patch features.
+    For a folder of frames, writes a video."""
     src = Path(image)
     if encoder is None: raise ValueError("missing --encoder: pass a file, a run directory or a timm model name")
     if not src.exists(): raise ValueError(f"{src} does not exist: pass an image file, or a folder of frames")
-    if src.is_dir() and query: raise ValueError("--query is an option for one image: leave it out for a folder of frames")
+    if src.is_dir() and query: raise ValueError("--query is for one image: leave it out for a folder of frames")
     enc    = open_encoder(encoder, pretrained, who).to(device_named(device))
     file   = Path(out or f"{src.stem}_attention.{'gif' if src.is_dir() else 'png'}")
     check_writable(file)
     frames = L(image_files(src) if src.is_dir() else [src]).map(_frame, n_in=channels_of(enc), size=size)
     if src.is_dir(): attention_video(enc, frames, file, keep=keep, fps=fps)
     else:
-        if file.suffix not in ('.png','.pdf','.svg','.jpg'): raise ValueError(f"--out {file}: pass a name that ends in .png, .pdf, .svg or .jpg")
+        if file.suffix not in ('.png','.pdf','.svg','.jpg'):
+            raise ValueError(f"--out {file}: pass a name that ends in .png, .pdf, .svg or .jpg")
         fig = _figure(enc, frames[0], ifnone(keep, .6), query and tuple(query))
         with atomic_path(file) as tmp: fig.savefig(tmp, format=file.suffix[1:], dpi=110)
         plt.close(fig)
     print(f"{image}: {file}")
 
-dino_attention.groups = {'Input': 'image encoder pretrained who', 'Figure': 'size keep query fps', 'Hardware': 'device', 'Output': 'out'}
+dino_attention.groups  = {'Input': 'image encoder pretrained who', 'Figure': 'size keep query fps',
+                          'Hardware': 'device', 'Output': 'out'}
 dino_attention.example = 'dino_attention photo.jpg --encoder runs/mine --out attention.png'
 
 # %% ../../nbs/api/52_cli.evaluate.ipynb #e5609d0a

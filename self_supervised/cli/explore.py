@@ -14,19 +14,21 @@ from ..encoders import *
 from ..checkpoints import *
 from ..explore import *
 
-# %% ../../nbs/api/55_cli.explore.ipynb #fb327e0e
+# %% ../../nbs/api/55_cli.explore.ipynb #3ab5aff7
 def _embedded(a):
     "`embed` with the options of the command line; unreadable files are printed"
-    if a.encoder is None: raise ValueError("missing --encoder: pass a file, a run directory, a timm model name or pixels")
+    if a.encoder is None:
+        raise ValueError("missing --encoder: pass a file, a run directory, a timm model name or pixels")
     for o,low in dict(size=1, batch_size=1, num_workers=0).items(): check_range(o, a[o], low)
     if not Path(a.folder).is_dir(): raise ValueError(f"{a.folder} is not a folder: pass a folder of images")
     enc   = open_encoder(a.encoder, a.pretrained, a.who).to(device_named(a.device))
     opens = opener(channels_of(enc), named_open_fn(a.open_fn), 'pass --open-fn')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'could not read')      # printed below
-        df = embed(enc, a.folder, a.size, a.batch_size, a.num_workers, progress=not a.no_progress, precision=a.precision, open_fn=opens)
+        df = embed(enc, a.folder, a.size, a.batch_size, a.num_workers, progress=not a.no_progress,
+                   precision=a.precision, open_fn=opens)
     if bad := df.attrs['bad_files']:
-        print(f"{len(bad)} files of {a.folder} could not be read and are left out:")
+        print(f"unreadable files in {a.folder}, which are left out: {len(bad)}")
         for n,e in bad.items(): print(f"  {n!r}: {e}")
     return df
 
@@ -36,7 +38,7 @@ _hardware_options = 'batch_size num_workers precision device no_progress'
 def dino_embed(
     folder:str, # Folder of images, searched recursively
     encoder:str=None, # Encoder: run directory, checkpoint, file of export_encoder, timm model name, or pixels
-    out:str='features.parquet', # File to write: .parquet, .csv or .npz, with one row per image: its path in the folder and its features, not normalised
+    out:str='features.parquet', # File to write, .parquet, .csv or .npz, with one row per image: path and features
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
     size:int=224, # Image size of the encoder in pixels
@@ -54,7 +56,8 @@ def dino_embed(
     save_embedding(df, out)
     print(f"{len(df)} images of {folder}, {df.shape[1]} features each: {out}")
 
-dino_embed.groups    = {'Data': 'folder', 'Encoder': _encoder_options, 'Hardware and progress': _hardware_options, 'Output': 'out'}
+dino_embed.groups    = {'Data': 'folder', 'Encoder': _encoder_options, 'Hardware and progress': _hardware_options,
+                        'Output': 'out'}
 dino_embed.example   = 'dino_embed IMAGES --encoder runs/mine --out features.csv'
 dino_embed.when_full = "lower --batch-size, --size or --precision"
 
@@ -63,12 +66,13 @@ def embed_main():
     "Run `dino_embed` as a console command"
     sys.exit(run_command(dino_embed))
 
-# %% ../../nbs/api/55_cli.explore.ipynb #9d61984a
+# %% ../../nbs/api/55_cli.explore.ipynb #0db7a0be
 def _check_explore(a):
     if Path(a.out).suffix!='.html': raise ValueError(f"--out {a.out}: pass a name that ends in .html")
     check_writable(Path(a.out))
     for o,low in dict(clusters=1, k=1, n_map=4, seed=0).items(): check_range(o, a[o], low)
-    if not -1<=a.threshold<=1: raise ValueError(f"--threshold {a.threshold}: pass a cosine similarity, for example 0.95")
+    if not -1<=a.threshold<=1:
+        raise ValueError(f"--threshold {a.threshold}: pass a cosine similarity, for example 0.95")
     if a.features and a.encoder: raise ValueError("--features and --encoder: pass one of them")
     if a.features and not Path(a.folder).is_dir():
         raise ValueError(f"{a.folder} is not a folder: pass the folder that --features were computed from")
@@ -80,7 +84,8 @@ def _loaded(a):
     "Features of a file, with a message if files of it are missing from the folder"
     df   = load_embedding(a.features)
     lost = [n for n in df.index if not (Path(a.folder)/str(n)).is_file()]
-    if lost and len(lost)==len(df): raise ValueError(f"none of the images of {a.features} is in {a.folder}: pass the folder that it was made of")
+    if lost and len(lost)==len(df):
+        raise ValueError(f"none of the images of {a.features} is in {a.folder}: pass the folder that it was made of")
     if lost: print(f"{len(lost)} images of {a.features} are not in {a.folder}: their pictures are empty")
     return df
 
@@ -89,7 +94,7 @@ def dino_explore(
     encoder:str=None, # Encoder: run directory, checkpoint, file of export_encoder, timm model name, or pixels
     features:str=None, # File that dino_embed wrote for this folder, in place of --encoder
     out:str='explore.html', # HTML file to write
-    query:Annotated[str, {'nargs':'+'}]=None, # Query images, as paths in the folder (default: the most typical image of each cluster)
+    query:Annotated[str, {'nargs':'+'}]=None, # Query images, as paths in the folder (default: the most typical of each cluster)
     clusters:int=10, # Number of clusters
     threshold:float=.95, # Minimum cosine similarity of near-duplicates
     k:int=10, # Number of neighbours to show, also used to score outliers
@@ -97,7 +102,7 @@ def dino_explore(
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
     size:int=224, # Image size of the encoder in pixels
-    open_fn:str=None, # Function that opens the image files, as module:function, see dino_train; thumbnails show the mean of unusual channels
+    open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
     batch_size:int=64, # Batch size
     num_workers:int=0, # Number of data-loading worker processes
     precision:str='fp32', # Precision of the forward pass: fp32, bf16 or fp16
@@ -105,15 +110,19 @@ def dino_explore(
     seed:int=0, # Random seed of clusters and map
     no_progress:bool=False # Hide the progress bar
 ):
-    "Explore a folder of images without labels. Writes one HTML page with nearest images, near-duplicates, outliers, clusters to name, and a 2-D map."
+    """Explore a folder of images without labels.
+
+    Writes one HTML page with nearest images, near-duplicates, outliers, clusters to name, and a 2-D map."""
     a = AttrDict(locals())
     _check_explore(a)
     df   = _loaded(a) if features else _embedded(a)
-    page = explore_page(df, folder, query, clusters, threshold, k, n_map, encoder or features, seed=seed, open_fn=named_open_fn(open_fn))
+    page = explore_page(df, folder, query, clusters, threshold, k, n_map, encoder or features, seed=seed,
+                        open_fn=named_open_fn(open_fn))
     with atomic_path(Path(out)) as tmp: tmp.write_text(page, encoding='utf-8', errors='backslashreplace')
     print(f"{len(df)} images of {folder}: {out}, {len(page)/1e6:.1f} MB")
 
-dino_explore.groups = {'Data': 'folder features', 'Encoder': _encoder_options, 'Analysis': 'query k clusters threshold n_map seed',
+dino_explore.groups = {'Data': 'folder features', 'Encoder': _encoder_options,
+                       'Analysis': 'query k clusters threshold n_map seed',
                        'Hardware and progress': _hardware_options, 'Output': 'out'}
 dino_explore.example   = 'dino_explore IMAGES --encoder runs/mine --out explore.html'
 dino_explore.when_full = "lower --batch-size, --size or --precision"

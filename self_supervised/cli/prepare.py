@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from fastcore.script import *
 from ..prepare import *
 
-# %% ../../nbs/api/53_cli.prepare.ipynb #615e2277
+# %% ../../nbs/api/53_cli.prepare.ipynb #5bb854fd
 def dino_prepare(
     folder:str, # Folder of images, searched recursively
     out:str, # Folder for the copies; the same command continues one that is not finished
@@ -20,15 +20,18 @@ def dino_prepare(
     num_workers:int=None, # Number of processes (default: one per CPU core)
     progress:bool_arg=True # Progress bar: true or false
 ):
-    "Resize the images of a folder once, so that training does not decode full-size files in every epoch. Writes the copies to OUT; finished copies are skipped."
+    """Resize the images of a folder once, so that training does not decode full-size files in every epoch.
+
+    Writes the copies to OUT; finished copies are skipped."""
     for k,v,low,high in (('size',size,1,65500), ('quality',quality,1,100), ('num-workers',num_workers,0,1024)):
         if v is not None and not low<=v<=high: raise ValueError(f"--{k} {v}: pass {low} to {high}")
     r = prepare_images(folder, out, size, quality, num_workers, progress)
-    bad = f"; {r['n_bad']} could not be read, see {Path(out)/'bad_files.jsonl'}" if r['n_bad'] else ''
+    bad = f"; {r['n_bad']} unreadable, see {Path(out)/'bad_files.jsonl'}" if r['n_bad'] else ''
     if not r['n']: raise RunFailed(f"no image in {folder} could be prepared{bad}")
-    print(f"{out}: {r['n']} images, {r['before']/1e9:.3g} GB before, {r['after']/1e9:.3g} GB after{bad}")
+    print(f"{out}: {r['n']} images, from {r['before']/1e9:.3g} to {r['after']/1e9:.3g} GB{bad}")
 
-dino_prepare.groups       = {'Input': 'folder', 'Output': 'out size quality', 'Hardware and progress': 'num_workers progress'}
+dino_prepare.groups       = {'Input': 'folder', 'Output': 'out size quality',
+                             'Hardware and progress': 'num_workers progress'}
 dino_prepare.example      = 'dino_prepare IMAGES SMALL --size 256'
 dino_prepare.when_stopped = "; the same command continues"
 dino_prepare.when_full    = "pass a smaller --num-workers"

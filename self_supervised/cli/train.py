@@ -29,27 +29,27 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #8f33e3d8
+# %% ../../nbs/api/51_cli.train.ipynb #32e20e7c
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
-    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, or lejepa, which is ahead in short runs on small data
-    arch:str=None, # Backbone: any timm model name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small of the original implementation (default: vit_small; convnet_mini for the demo)
+    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, or lejepa (best in short runs on small data)
+    arch:str=None, # Backbone: timm model name, or vit_ or deit_ with tiny, small or base (default: vit_small; demo: convnet_mini)
     patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
     epochs:int=None, # Number of epochs (default: 100; 40 for convnet_mini in the demo)
     batch_size_per_gpu:int=64, # Batch size per rank
     size:int=256, # Image size in pixels, from which crops are taken; 16 for the demo
     n_in:int=3, # Number of input channels: 3 for colour images, 1 for grey images; other numbers with --open-fn
-    open_fn:str=None, # Function that opens the image files, as module:function, from a path to an array (H,W,C); with it every file in --path is used
-    labels:str=None, # Labelled images in class folders, or in train/ and test/ (or val/) of class folders, used only for k-NN accuracy and the final evaluation
+    open_fn:str=None, # Function that opens an image file, as module:function, and returns an array (H,W,C); every file is opened
+    labels:str=None, # Labelled images in class folders (or in train/ and test/ of them), for k-NN accuracy and the final evaluation
     seed:int=0, # Random seed
     num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
     cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
     precision:str=None, # Precision: fp32, bf16 or fp16 (default: bf16 on a GPU that supports it, else fp32)
     resume:bool=False, # Resume the run in --out
-    more_epochs:str='replan', # Schedules of learning rate and weight decay when a run is resumed with more --epochs: replan them, or hold their final values
+    more_epochs:str='replan', # Schedules when a run is resumed with more --epochs: replan them, or hold their final values
     overwrite:bool=False, # Overwrite an existing run in --out
-    saveckp_freq:int=20, # Number of epochs between checkpoints that are kept in addition to the last one; 0 keeps only the last
+    saveckp_freq:int=20, # Number of epochs between checkpoints that are kept; 0 keeps only the last checkpoint
     lr:float=None, # Peak learning rate for a batch of 256, scaled with the batch size; decrease it if the loss jumps
     min_lr:float=None, # Final learning rate (cosine schedule), not scaled with the batch size
     warmup_epochs:float=None, # Number of epochs of linear learning-rate warm-up
@@ -58,37 +58,39 @@ def dino_train(
     optimizer:str='adamw', # Optimizer: adamw, or sgd or lars for convnets
     clip_grad:float=None, # Maximum gradient norm per parameter; 0 disables clipping, 0.3 to 1 can help larger ViTs
     grad_accumulation:int=1, # Number of batches whose gradients are accumulated per optimizer step
-    out_dim:int=None, # Number of prototypes, or output dimension of methods without prototypes (default: chosen by the number of images, 65536 for a million)
-    lam:float=None, # Weight of the normality term of lejepa (default: 3.2 over the batch size, within 0.02 to 0.2); increase it if RankMe falls
-    use_bn_in_head:bool_arg=None, # BatchNorm in the projection head: true or false; on small data it prevents a plateau at ln K
-    norm_last_layer:bool_arg=None, # L2-normalised prototypes: true or false; false is slightly better where training is stable
+    out_dim:int=None, # Number of prototypes, or dimension of projections (default: by the number of images, 65536 for a million)
+    lam:float=None, # Weight of lejepa's normality term (default: 3.2/batch size, 0.02 to 0.2); increase it if RankMe falls
+    use_bn_in_head:bool_arg=None, # BatchNorm in the projection head, true or false; prevents a plateau at ln K on small data
+    norm_last_layer:bool_arg=None, # L2-normalised prototypes, true or false; false is slightly better if training is stable
     drop_path_rate:float=None, # Stochastic depth rate of the student (default: 0.1 for dino and simdino, else 0)
-    freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not decrease
-    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: chosen by the number of iterations); increase it for small batches in long runs
+    freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not fall
+    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: by the number of iterations); higher for small batches
     warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
-    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); decrease it if the loss does not decrease, values above 0.07 are often unstable
+    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); values above 0.07 are often unstable
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
     global_crops_size:int=None, # Size of the two global crops in pixels (default: 224 if --size is 256)
     local_crops_size:int=None, # Size of the local crops in pixels (default: 96 if --size is 256)
-    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops as fractions of the image (default: 0.4 1.0); 0.14 1.0 without local crops
-    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops as fractions of the image (default: 0.05 0.4)
-    local_crops_number:int=None, # Number of local crops per image (default: chosen by the method; 4 for dino, 8 in the paper)
+    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops, fractions of the image (default: 0.4 1.0)
+    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops, fractions of the image (default: 0.05 0.4)
+    local_crops_number:int=None, # Number of local crops per image (default: the method's; 4 for dino, 8 in the paper)
     rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
-    max_hours:float=None, # Time limit in hours; no epoch is started that would exceed it, and --resume continues the run later
+    max_hours:float=None, # Time limit in hours; stops before an epoch that would exceed it, and --resume continues
     compile:bool=False, # Compile the encoders: minutes at the start, faster afterwards
     grad_checkpointing:bool=False, # Gradient (activation) checkpointing: less memory, about 30% slower
     chunked_loss:bool=False, # Compute the loss one crop at a time: less memory if --out-dim is large
-    auto_bs:bool=False, # Reduce the batch size until a step fits in memory, and keep the effective batch size with gradient accumulation
+    auto_bs:bool=False, # Reduce the batch size until a step fits in memory, with gradient accumulation for the rest
     sync_bn:bool_arg=None, # BatchNorm over all ranks in distributed training: true or false (default: true on GPUs)
     no_report:bool=False # Skip the final evaluation and the HTML report
 ):
-    "Pretrain a backbone with DINO or another self-supervised method. Writes checkpoints, the exported encoder, training history, figures and an HTML report to --out."
+    """Pretrain a backbone with DINO or another self-supervised method.
+
+    Writes checkpoints, the exported encoder, training history, figures and an HTML report to --out."""
     args = dict(locals())
     cfg  = _resolve(args)
     _check(cfg)
-    if cfg.n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get('LOCAL_RANK', 0)))
+    _use_own_device(cfg)
     set_seed(seed)
-    notes = RunNotes(cfg.out, resume, args, {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}, _command(args, cfg.n_proc))
+    notes = RunNotes(cfg.out, resume, args, _defaults(), _command(args, cfg.n_proc))
     dls,labelled = _loaders(cfg)
     learn = _make_learner(cfg, dls, labelled)
     untrained = _untrained(learn)
@@ -102,7 +104,8 @@ def dino_train(
         if cfg.rank: return
         if any(isinstance(cb, TimeLimit) and cb.is_up for cb in cbs):
             n = len(history_df(cfg.out/'history.csv'))
-            return print(f"{cfg.out}: time limit of {max_hours:g} hours reached after {n} of {cfg.epochs} epochs; the same command with --resume continues")
+            return print(f"{cfg.out}: time limit of {max_hours:g} hours reached after {n} of {cfg.epochs} epochs; "
+                         "the same command with --resume continues")
         took = time.time()-start
         _save_results(cfg, learn, labelled, untrained)
     print(_summary(cfg, took))
@@ -110,23 +113,27 @@ def dino_train(
 dino_train.groups = {
     'Data': 'path labels size n_in open_fn cache',
     'Model': 'arch patch_size drop_path_rate out_dim use_bn_in_head norm_last_layer',
-    'Method': 'method momentum_teacher warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs freeze_last_layer lam',
+    'Method': 'method momentum_teacher teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs '
+              'freeze_last_layer lam',
     'Crops': 'global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale rot90',
-    'Optimisation': 'epochs batch_size_per_gpu grad_accumulation optimizer lr min_lr warmup_epochs weight_decay weight_decay_end clip_grad',
+    'Optimisation': 'epochs batch_size_per_gpu grad_accumulation optimizer lr min_lr warmup_epochs '
+                    'weight_decay weight_decay_end clip_grad',
     'Run': 'resume more_epochs overwrite max_hours seed',
     'Hardware and memory': 'num_workers precision compile grad_checkpointing chunked_loss auto_bs sync_bn',
     'Output': 'out saveckp_freq no_report'}
 dino_train.example      = 'dino_train --path IMAGES --labels LABELLED --out runs/mine'
 dino_train.when_stopped = "; the same command with --resume continues after the last completed epoch"
-dino_train.when_full    = ("pass --grad-checkpointing or --precision bf16; --auto-bs finds the batch that fits; for dino also --chunked-loss; "
-                           "or lower --batch-size-per-gpu (--grad-accumulation makes up for it), --local-crops-number, --global-crops-size or --out-dim")
+dino_train.when_full    = ("pass --grad-checkpointing or --precision bf16; --auto-bs finds the batch that fits; "
+                           "for dino also --chunked-loss; or lower --batch-size-per-gpu "
+                           "(--grad-accumulation makes up for it), "
+                           "--local-crops-number, --global-crops-size or --out-dim")
 
 # %% ../../nbs/api/51_cli.train.ipynb #7eddc64f
 def main():
     "Run `dino_train` as a console command"
     sys.exit(run_command(dino_train))
 
-# %% ../../nbs/api/51_cli.train.ipynb #a7d53b65
+# %% ../../nbs/api/51_cli.train.ipynb #dab7143d
 # names of the original implementation
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}
 
@@ -136,11 +143,11 @@ _opts = dict(adamw=dino_opt, sgd=_sgd, lars=_lars)
 
 _choices = dict(method=methods, optimizer=_opts, precision=(None,'fp32','bf16','fp16'), more_epochs=('replan','hold'))
 _ranges  = dict(
-    epochs=(1,None), batch_size_per_gpu=(1,None), size=(1,None), grad_accumulation=(1,None), local_crops_number=(0,None),
-    out_dim=(1,None), patch_size=(1,None), lr=(0,None), lam=(0,1), min_lr=(0,None), warmup_epochs=(0,None), weight_decay=(0,None),
-    weight_decay_end=(0,None), clip_grad=(0,None), saveckp_freq=(0,None), drop_path_rate=(0,.99), freeze_last_layer=(0,None),
+    epochs=(1,None), batch_size_per_gpu=(1,None), grad_accumulation=(1,None), max_hours=(1e-6,None), saveckp_freq=(0,None),
+    size=(1,None), n_in=(1,None), num_workers=(0,None), patch_size=(1,None), drop_path_rate=(0,.99), out_dim=(1,None),
+    lr=(0,None), min_lr=(0,None), warmup_epochs=(0,None), weight_decay=(0,None), weight_decay_end=(0,None), clip_grad=(0,None),
     momentum_teacher=(0,1), warmup_teacher_temp=(1e-3,None), teacher_temp=(1e-3,None), warmup_teacher_temp_epochs=(0,None),
-    global_crops_size=(1,None), local_crops_size=(1,None), num_workers=(0,None), n_in=(1,None), max_hours=(1e-6,None))
+    freeze_last_layer=(0,None), lam=(0,1), global_crops_size=(1,None), local_crops_size=(1,None), local_crops_number=(0,None))
 
 def _resolve(args):
     "The options, with the defaults that depend on others"
@@ -157,18 +164,20 @@ def _resolve(args):
 def _check(cfg):
     for k,(low,high) in _ranges.items(): check_range(k, cfg.given[k], low, high)
     for k,os in _choices.items():
-        if cfg[k] not in os: raise ValueError(f"--{k.replace('_','-')} {cfg[k]}: pass one of {', '.join(o for o in os if o)}")
+        if cfg[k] not in os:
+            raise ValueError(f"--{k.replace('_','-')} {cfg[k]}: pass one of {', '.join(o for o in os if o)}")
     if cfg.n_in not in (1,3) and not cfg.open_fn:
-        raise ValueError(f"--n-in {cfg.n_in}: this command opens colour images (3) or grey images (1); for others pass --open-fn")
-    if cfg.open_fn and cfg.demo: raise ValueError("--open-fn without --path: the built-in digits are in memory; pass --path IMAGES")
-    if cfg.labels and cfg.demo: raise ValueError("--labels without --path: the built-in digits have their own labels; pass --path IMAGES")
+        raise ValueError(f"--n-in {cfg.n_in}: images have 3 channels (colour) or 1 (grey); for others pass --open-fn")
+    for o in ('open_fn','labels'):
+        if cfg[o] and cfg.demo: raise ValueError(f"--{o.replace('_','-')} is for images in a folder: pass --path IMAGES, too")
     if any(cfg.out.glob('checkpoint*.pth')) and not (cfg.resume or cfg.overwrite):
-        raise ValueError(f"{cfg.out} already contains a run: pass --resume to continue it, --overwrite to replace it, or another --out")
+        raise ValueError(f"{cfg.out} already contains a run: pass --resume to continue it, --overwrite to replace it, "
+                         "or another --out")
     check_writable(cfg.out, folder=True)
 
-# %% ../../nbs/api/51_cli.train.ipynb #df66afe6
+# %% ../../nbs/api/51_cli.train.ipynb #66111891
 def _labelled_dls(cfg, opens):
-    "Loaders of the labelled images, after a look at one batch of each: an unreadable folder is an error before training"
+    "Loaders of the labelled images; an unreadable folder raises an error here, not after an epoch of training"
     dls = labelled_dls(cfg.labels, cfg.size, cfg.bs, crop_pct=1, num_workers=cfg.num_workers, open_fn=opens)
     for dl in dls:
         dl.dataset.bad_files = cfg.out/'bad_files.jsonl'
@@ -180,14 +189,16 @@ def _loaders(cfg):
     if cfg.demo: return digits_dls(cfg.size, cfg.bs, holdout=None),digits_dls(cfg.size, cfg.bs)
     if cfg.overwrite and not cfg.rank: (cfg.out/'bad_files.jsonl').unlink(missing_ok=True)
     opens = opener(cfg.n_in, named_open_fn(cfg.open_fn))
-    dls   = unlabelled_dls(cfg.path, cfg.size, cfg.bs, seed=cfg.seed, num_workers=cfg.num_workers, path=cfg.out, open_fn=opens, cache=cfg.cache)
+    dls   = unlabelled_dls(cfg.path, cfg.size, cfg.bs, seed=cfg.seed, num_workers=cfg.num_workers, path=cfg.out,
+                           open_fn=opens, cache=cfg.cache)
     labelled = _labelled_dls(cfg, opens) if cfg.labels else None
     if cfg.open_fn:
         with random_kept(): c = plain_dl(dls.train).one_batch()[0].shape[1]
-        if c!=cfg.n_in: raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
+        if c!=cfg.n_in:
+            raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #eb317590
+# %% ../../nbs/api/51_cli.train.ipynb #73e396a5
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _scales(cfg, usual, i):
@@ -204,7 +215,8 @@ def _views(cfg, kind, enc, dls):
     make  = get_digits_aug_pipelines if cfg.demo else kind.views
     return make(num_crops=(2,ifnone(cfg.local_crops_number, usual['num_crops'][1])),
                 crop_sizes=(cfg.global_crops_size or sizes[0], cfg.local_crops_size or sizes[1]),
-                min_scales=_scales(cfg, usual['min_scales'], 0), max_scales=_scales(cfg, usual['max_scales'], 1), **other)
+                min_scales=_scales(cfg, usual['min_scales'], 0),
+                max_scales=_scales(cfg, usual['max_scales'], 1), **other)
 
 _option = dict(tmom_start='momentum-teacher', tpt_start='warmup-teacher-temp', tpt_end='teacher-temp',
                tpt_warmup_pct='warmup-teacher-temp-epochs', use_bn='use-bn-in-head', bs='auto-bs')
@@ -213,12 +225,16 @@ def _method_options(cfg, kind):
     "Arguments of the method; raises an error that names options which the method does not have"
     warm  = cfg.warmup_teacher_temp_epochs
     given = _given(
-        out_dim=cfg.out_dim, use_bn=cfg.use_bn_in_head, norm_last_layer=cfg.norm_last_layer, freeze_last_layer=cfg.freeze_last_layer,
-        lam=cfg.lam, tmom_start=cfg.momentum_teacher, tpt_start=cfg.warmup_teacher_temp, tpt_end=cfg.teacher_temp,
-        tpt_warmup_pct=None if warm is None else min(1., warm/cfg.epochs), chunked_loss=cfg.chunked_loss or None, bs='auto' if cfg.auto_bs else None)
+        out_dim=cfg.out_dim, use_bn=cfg.use_bn_in_head, norm_last_layer=cfg.norm_last_layer,
+        freeze_last_layer=cfg.freeze_last_layer, lam=cfg.lam, tmom_start=cfg.momentum_teacher,
+        tpt_start=cfg.warmup_teacher_temp, tpt_end=cfg.teacher_temp,
+        tpt_warmup_pct=None if warm is None else min(1., warm/cfg.epochs),
+        chunked_loss=cfg.chunked_loss or None, bs='auto' if cfg.auto_bs else None)
     takes = {*inspect.signature(kind.__init__).parameters, *inspect.signature(kind.create).parameters, 'bs'}
     wrong = [f"--{_option.get(k, k.replace('_','-'))}" for k in given if k not in takes]
-    if wrong: raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; leave it out, or choose a --method that has it")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; "
+                         "leave it out, or choose a --method that has it")
     if cfg.clip_grad is not None: given['clip'] = cfg.clip_grad or None
     return given
 
@@ -226,7 +242,8 @@ def _monitors(cfg, kind, labelled):
     "Callbacks for k-NN accuracy, for teacher and student where there are two networks, and for gradient accumulation"
     every = max(1, cfg.epochs//20)
     whos  = ('teacher','student') if issubclass(kind, TeacherStudent) else ('teacher',)
-    cbs   = L(KNNMonitor(labelled, min(20,len(labelled.train_ds)), every=every, who=w) for w in whos) if labelled else L()
+    cbs   = L()
+    if labelled: cbs += L(KNNMonitor(labelled, min(20,len(labelled.train_ds)), every=every, who=w) for w in whos)
     if cfg.grad_accumulation>1: cbs += GradientAccumulation(cfg.grad_accumulation*cfg.bs)
     return cbs
 
@@ -234,7 +251,8 @@ def _make_learner(cfg, dls, labelled):
     "Learner with backbone, augmentation, method and monitors"
     kind = methods[cfg.method]
     drop = ifnone(cfg.drop_path_rate, .1 if cfg.method in ('dino','simdino') else 0.)
-    enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop, **_given(patch_size=cfg.patch_size))
+    enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop,
+                          **_given(patch_size=cfg.patch_size))
     pipes,given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
     make = dino_learner if cfg.method=='dino' else partial(method_learner, kind)
     return make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile,
@@ -246,10 +264,15 @@ def _untrained(learn):
     enc.mean,enc.std = learn.model.mean,learn.model.std
     return enc
 
-# %% ../../nbs/api/51_cli.train.ipynb #15607873
+# %% ../../nbs/api/51_cli.train.ipynb #bdf203e9
 # options that may differ between a run and its continuation
-_may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq','max_hours','compile',
-               'grad_checkpointing','chunked_loss','no_report')
+_may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq',
+               'max_hours','compile','grad_checkpointing','chunked_loss','no_report')
+
+def _use_own_device(cfg):
+    "Use the device of this rank"
+    rank = int(os.environ.get('LOCAL_RANK', 0))
+    if cfg.n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(rank)
 
 def _n_prototypes(learn): return learn.model.C.shape[1] if hasattr(learn.model, 'C') else None
 
@@ -261,14 +284,16 @@ def _announce(cfg, learn):
     steps = joint_len(n, cfg.bs, cfg.n_proc, True)
     ranks = f' on each of {cfg.n_proc} ranks' if cfg.n_proc>1 else ''
     k     = _n_prototypes(learn)
-    print(f"{cfg.arch}, {size:.2f} million parameters, on {n} images: {cfg.epochs} epochs of {steps} batches of {cfg.bs}{ranks}, "
+    print(f"{cfg.arch}, {size:.2f} million parameters, on {n} images: "
+          f"{cfg.epochs} epochs of {steps} batches of {cfg.bs}{ranks}, "
           f"{cb.n_views} crops per image, {type(cb).__name__ if k is None else f'K={k}'}, on {learn.dls.device}")
 
 def _run_callbacks(cfg, learn, notes):
     "Callbacks that write the run directory, and the time limit"
     fixed = {k:v for k,v in cfg.given.items() if k not in _may_change} | dict(images=len(learn.dls.train_ds))
-    cbs   = [RunCheckpoint(cfg.out, cfg.resume, cfg.saveckp_freq, fixed, more_epochs=cfg.more_epochs), History(cfg.out/'history.csv', cfg.resume), notes]
-    return cbs + ([TimeLimit(cfg.max_hours)] if cfg.max_hours else [])
+    keep  = RunCheckpoint(cfg.out, cfg.resume, cfg.saveckp_freq, fixed, more_epochs=cfg.more_epochs)
+    limit = [TimeLimit(cfg.max_hours)] if cfg.max_hours else []
+    return [keep, History(cfg.out/'history.csv', cfg.resume), notes, *limit]
 
 def _clear_checkpoints(cfg):
     "Remove the checkpoints of a run that is replaced: --resume would continue from them"
@@ -282,28 +307,31 @@ def _pair(start, end): return None if start is None and end is None else (ifnone
 def _train(cfg, learn, cbs):
     "Train; raise `RunFailed` if the loss became NaN"
     cpu = torch.device(learn.dls.device).type=='cpu'
-    if cfg.n_proc>1: set_seed(cfg.seed+cfg.rank)                  # equal weights on all ranks, but different random crops
+    if cfg.n_proc>1: set_seed(cfg.seed+cfg.rank)                # other crops than other ranks
     fit = learn.fit_dino if cfg.method=='dino' else learn.pretrain
     with learn.distrib_ctx(sync_bn=ifnone(cfg.sync_bn, not cpu), cpu=cpu) if cfg.n_proc>1 else nullcontext():
         fit(cfg.epochs, cfg.lr, cfg.min_lr, cfg.warmup_epochs, _pair(cfg.weight_decay, cfg.weight_decay_end), cbs=cbs)
     if any(m.sign=='nan' for m in learn.collapse_monitor.messages):
         raise RunFailed("the loss is not a number; see the advice above")
 
-# %% ../../nbs/api/51_cli.train.ipynb #20518aa7
+# %% ../../nbs/api/51_cli.train.ipynb #6b07a17e
 @contextmanager
 def _reported(cfg, notes):
     "Note how a run ends, and write its report"
     try: yield
     except BaseException as e:
-        end = ('interrupted',) if isinstance(e, KeyboardInterrupt) else ('out_of_memory',) if out_of_memory(e) else ('failed',last_line(e))
-        try: notes.ended(*end)
+        try:
+            if   isinstance(e, KeyboardInterrupt): notes.ended('interrupted')
+            elif out_of_memory(e): notes.ended('out_of_memory')
+            else: notes.ended('failed', last_line(e))
         except OSError: pass                                     # a full disk has been reported
         raise
     finally:
         if notes.session and not (cfg.rank or cfg.no_report):    # without a session the run did not begin
             try: write_report(notes.folder)
             except Exception as e:
-                warnings.warn(f"{notes.folder/'report.html'} was not written ({first_line(e)}): dino_report {notes.folder} writes it")
+                file = notes.folder/'report.html'
+                warnings.warn(f"{file} was not written ({first_line(e)}): dino_report {notes.folder} writes it")
 
 def _save_results(cfg, learn, labelled, untrained):
     "Export the encoder, and write figures and table"
@@ -320,15 +348,18 @@ def _summary(cfg, seconds):
     df = history_df(cfg.out/'history.csv')
     h  = df.iloc[-1]
     metric = f"20-NN {100*h.knn:.1f}" if 'knn' in h else f"RankMe {h.rankme:.1f}"
-    report = '' if cfg.no_report else f"; report: {cfg.out/'report.html'}"
-    return f"{cfg.out}: {len(df)} epochs, {seconds:.0f} s, loss {h.train_loss:.3f}, {metric}; encoder: {cfg.out/'encoder.safetensors'}{report}"
+    files  = f"encoder: {cfg.out/'encoder.safetensors'}"
+    if not cfg.no_report: files += f"; report: {cfg.out/'report.html'}"
+    return f"{cfg.out}: {len(df)} epochs, {seconds:.0f} s, loss {h.train_loss:.3f}, {metric}; {files}"
+
+def _defaults(): return {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}
 
 def _command(args, n_proc):
     "The command line of a run"
     words = []
-    for k,p in inspect.signature(dino_train).parameters.items():
-        if args[k]==p.default or k in ('resume','overwrite','no_report'): continue
-        v = [] if p.annotation is bool else args[k] if isinstance(args[k], (list,tuple)) else [args[k]]
+    for k,default in _defaults().items():
+        if args[k]==default or k in ('resume','overwrite','no_report'): continue
+        v = [] if default is False else list(args[k]) if isinstance(args[k], (list,tuple)) else [args[k]]
         words += [f"--{k.replace('_','-')}", *map(str, v)]
     launcher = f'torchrun --nproc-per-node {n_proc} $(which dino_train) ' if n_proc>1 else 'dino_train '
     return launcher+shlex.join(words)
