@@ -29,12 +29,12 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #32e20e7c
+# %% ../../nbs/api/51_cli.train.ipynb #8a2c626a
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
-    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, or lejepa (best in short runs on small data)
-    arch:str=None, # Backbone: timm model name, or vit_ or deit_ with tiny, small or base (default: vit_small; demo: convnet_mini)
+    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino or lejepa (ahead in short runs on small data)
+    arch:str=None, # Backbone: timm name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small (default: vit_small; demo: convnet_mini)
     patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
     epochs:int=None, # Number of epochs (default: 100; 40 for convnet_mini in the demo)
     batch_size_per_gpu:int=64, # Batch size per rank
@@ -66,7 +66,7 @@ def dino_train(
     freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not fall
     momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: by the number of iterations); higher for small batches
     warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
-    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); values above 0.07 are often unstable
+    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); lower if the loss does not fall, often unstable above 0.07
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
     global_crops_size:int=None, # Size of the two global crops in pixels (default: 224 if --size is 256)
     local_crops_size:int=None, # Size of the local crops in pixels (default: 96 if --size is 256)
