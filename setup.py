@@ -20,7 +20,7 @@ setup(
     install_requires = cfg['requirements'].split(),
     extras_require   = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
     packages         = find_packages(include=['self_supervised', 'self_supervised.*']),
-    package_data     = {'': ['py.typed', '*.jinja']},
+    package_data     = {'self_supervised': ['py.typed', 'templates/*.jinja']},
     entry_points     = {'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['self_supervised=self_supervised._modidx:d']},
     classifiers      = ['Development Status :: 4 - Beta', 'Intended Audience :: Science/Research', 'Framework :: Jupyter', 'Typing :: Typed',
                         *(f'Programming Language :: Python :: {v}' for v in ('3', *cfg['pythons'].split())),

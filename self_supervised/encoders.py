@@ -7,7 +7,7 @@ __all__ = ['create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet
            'set_attention', 'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of',
            'first_line', 'says_what_fits', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention',
            'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens',
-           'vit_features', 'image_feature']
+           'vit_features', 'image_feature', 'device_named']
 
 # %% ../nbs/api/02_encoders.ipynb #4ecd63ea
 from fastai.vision.all import *
@@ -412,3 +412,18 @@ def image_feature(
     if pool=='avg' and getattr(encoder, 'pool_include_prefix', False): return 'mean of all tokens'
     if pool=='token' and not has_class_token(encoder): return 'first token'
     return _pools.get(pool, f'{pool} pooling')
+
+# %% ../nbs/api/02_encoders.ipynb #6d80f176
+def device_named(
+    name:str|None # cpu, cuda, cuda:1, mps, ...; None: the GPU if there is one
+)->torch.device: # A device that this machine has
+    "Check that this machine has a device"
+    try: dev = torch.device(ifnone(name, default_device()))
+    except RuntimeError as e: raise ValueError(f"device {name!r}: pass cpu, cuda, cuda:1 or mps") from e
+    if dev.type=='cpu': return dev
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None     # PyTorch may be built for a GPU that is missing
+    if here is None: raise ValueError(f"device {name!r}: this machine has no GPU; pass cpu")
+    if here.type!=dev.type: raise ValueError(f"device {name!r}: this machine has {here.type}; pass {here.type}")
+    n = torch.accelerator.device_count()
+    if (dev.index or 0)>=n: raise ValueError(f"device {name!r}: this machine has {dev.type}:0 to {dev.type}:{n-1}")
+    return dev

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['embed', 'check_embedding_file', 'save_embedding', 'load_embedding', 'Thumbnails', 'nearest_images', 'show_nearest',
            'near_duplicates', 'show_duplicates', 'outliers', 'show_outliers', 'clusters', 'cluster_names',
-           'label_images', 'show_clusters', 'image_map', 'apart', 'show_map']
+           'label_images', 'show_clusters', 'image_map', 'apart', 'show_map', 'explore_page']
 
-# %% ../nbs/api/43_explore.ipynb #4130248b
+# %% ../nbs/api/43_explore.ipynb #79ec9a33
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-import csv
+import base64, csv, io
+import jinja2
 from torch.utils import data as torch_data
 from .data import *
 from .encoders import *
@@ -354,3 +355,55 @@ def show_map(
     for i in kept: show_image(_picture(images, table.image.iloc[i]), ctx=ax, extent=(xy[i,0]-h,xy[i,0]+h,xy[i,1]-h,xy[i,1]+h))
     ax.set(xlim=(-h,1+h), ylim=(-h,1+h), aspect='equal')
     return ax
+
+# %% ../nbs/api/43_explore.ipynb #99261d3f
+class _Sources:
+    "Thumbnails as data URLs; an empty one for a file that cannot be opened any more"
+    def __init__(self, folder, size, open_fn): self.images,self.made = Thumbnails(folder, size, open_fn),{}
+    def __call__(self, name):
+        if name not in self.made:
+            try: self.images[name].save(b := io.BytesIO(), 'JPEG', quality=85)
+            except Exception: return 'data:,'
+            self.made[name] = 'data:image/jpeg;base64,'+base64.b64encode(b.getvalue()).decode()
+        return self.made[name]
+
+def _records(t): return t.to_dict('records')
+
+def _page_facts(feats, queries, n_clusters, threshold, k, n_map, seed):
+    "The tables of an explorer page, as lists of dicts"
+    groups  = clusters(feats, min(n_clusters, len(feats)), seed)
+    typical = [(c,t) for c,t in groups.groupby('cluster')]
+    dups    = near_duplicates(feats, threshold)
+    places  = image_map(feats, n_map, seed)
+    shown   = set(apart(places[['x','y']].to_numpy(), .047))
+    near    = nearest_images(feats, queries or [t.image.iloc[0] for _,t in typical], k)
+    return dict(
+        map        = [o|dict(shown=i in shown) for i,o in enumerate(_records(places))],
+        one_place  = len(places)>1 and places.x.nunique()==1 and places.y.nunique()==1,
+        clusters   = [dict(cluster=c, size=len(t), typical=_records(t[:k])) for c,t in typical],
+        assigned   = [list(t.image) for _,t in typical],
+        outliers   = _records(outliers(feats, k)[:3*k]),
+        n_groups   = dups.group.nunique(),
+        duplicates = [_records(t[:k]) for _,t in itertools.islice(dups.groupby('group'), 30)],
+        nearest    = [(q,_records(t)) for q,t in near.groupby('query', sort=False)])
+
+def explore_page(
+    feats:pd.DataFrame, # Result of `embed`
+    folder:str|Path, # Folder of the images
+    queries:list|None=None, # Names of query images; default: the most typical one of each cluster
+    n_clusters:int=10, # Number of clusters
+    threshold:float=.95, # Minimum cosine similarity of near-duplicates
+    k:int=10, # Number of neighbours to show, also used to score outliers
+    n_map:int=1000, # Maximum number of images on the 2-D map
+    encoder:str='', # Name of the encoder, as text
+    thumb:int=96, # Size of the thumbnails in pixels
+    seed:int=0, # Random seed of clusters and map
+    open_fn:Callable|None=None # Function that opens the files, as for `embed`
+)->str: # HTML
+    "Create an HTML page with nearest images, near-duplicates, outliers, clusters and a 2-D map of a folder"
+    if len(feats)<4: raise ValueError(f"{len(feats)} images are too few for a page: pass a folder of 4 or more")
+    k   = min(k, len(feats)-1)
+    env = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader('self_supervised'))
+    return env.get_template('explore.jinja').render(
+        title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}),
+        k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn), **_page_facts(feats, queries, n_clusters, threshold, k, n_map, seed))

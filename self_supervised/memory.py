@@ -50,21 +50,15 @@ def step_memory(
     logits = rows*K + sum(o.logits_of(sizes, bs) for o in getattr(model, 'parts', ()))
     return {k:v/1e9 for k,v in dict(activations=kept/2*bs, logits=logits*max(4,p.itemsize), networks=5*params, views=bs*sum(c*s*s*4 for s in sizes)).items()}
 
-# %% ../nbs/api/22_memory.ipynb #2d28fc9e
+# %% ../nbs/api/22_memory.ipynb #02b74873
 def out_of_memory(
     e:BaseException # What a step raised
 )->bool:
     "Has the device, or the machine, no memory left?"
     return isinstance(e, (torch.OutOfMemoryError,MemoryError)) or isinstance(e, RuntimeError) and bool(re.search(r'out of memory|can.t allocate memory|not enough memory', str(e)))
 
-def what_saves(
-    model:nn.Module, # A `DINOModel`
-    sizes:list, # Crop size in pixels
-    bs:int, # Batch size
-    chunked:bool=False, # Is the loss chunked already?
-    precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
-)->str:
-    "The step that did not fit, and what would save how much"
+def _memory_advice(model, sizes, bs, chunked, precision):
+    "What a step needs, and how to reduce it"
     need = partial(step_memory, model, precision=precision)
     now,K,enc = need(sizes, bs, chunked),model.C.shape[1],encoder_of(model, 'student')
     total = lambda d: sum(d.values())
@@ -80,9 +74,20 @@ def what_saves(
         finally: enc.set_grad_checkpointing(False)
     saves = ', '.join(f"{what} {gb:.2g} GB" for what,gb in sorted(saves, key=lambda o: -o[1]))
     parts = ', '.join(f"{k} {v:.2g}" for k,v in now.items())
-    return f"a step of {bs} images with {views} pixels and K={K} needs about {total(now):.2g} GB ({parts}). What would save some: {saves}. bs='auto' finds the largest batch that fits"
+    return (f"a step of {bs} images with {views} pixels and K={K} needs about {total(now):.2g} GB ({parts})",
+            f"What would save some: {saves}. bs='auto' finds the largest batch that fits")
 
-# %% ../nbs/api/22_memory.ipynb #16eff836
+def what_saves(
+    model:nn.Module, # A `DINOModel`
+    sizes:list, # Crop size in pixels
+    bs:int, # Batch size
+    chunked:bool=False, # Is the loss chunked already?
+    precision:str='fp32' # 'fp32', 'bf16' or 'fp16'
+)->str:
+    "The step that did not fit, and what would save how much"
+    return '. '.join(_memory_advice(model, sizes, bs, chunked, precision))
+
+# %% ../nbs/api/22_memory.ipynb #0efdf57a
 def find_bs_of(
     dls:DataLoaders # fastai's or PyTorch's
 )->int: # Images in a training batch
@@ -104,11 +109,16 @@ def memory_error(
     m.zero_grad()
     _empty_cache(device_of(m))
     method = first(learn.cbs, lambda c: hasattr(c, 'make_views'))
-    try: need = what_saves(m, sizes, bs, method.chunked_loss, _precision(learn))
+    need = None
+    try:
+        need,saves = _memory_advice(m, sizes, bs, method.chunked_loss, _precision(learn))
+        text = f"{need}. {saves}"
     except Exception:
         chunked = ' chunked_loss=True,' if hasattr(method, 'chunked_loss') else ''
-        need = f"a step of {bs} images and {len(sizes)} views does not fit: pass bs='auto' to the learner, smaller batches with GradientAccumulation,{chunked} a smaller out_dim, or grad_checkpointing=True"
-    return type(e)(f"out of memory: {need}. (The device said: {said})")
+        text = f"a step of {bs} images and {len(sizes)} views does not fit: pass bs='auto' to the learner, smaller batches with GradientAccumulation,{chunked} a smaller out_dim, or grad_checkpointing=True"
+    new = type(e)(f"out of memory: {text}. (The device said: {said})")
+    new.need = need                                              # for a command, which has other advice
+    return new
 
 # %% ../nbs/api/22_memory.ipynb #d4972e08
 def largest_batch(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['save_figure', 'run_pictures', 'run_table', 'write_report']
 
-# %% ../nbs/api/45_report.ipynb #d417f7a9
+# %% ../nbs/api/45_report.ipynb #56dc334a
 from fastai.vision.all import *
 from matplotlib.ticker import MaxNLocator
-import base64, importlib.metadata, importlib.resources, io, json, shlex
+import base64, importlib.metadata, io, json, shlex
 import jinja2
 from .data import *
 from .encoders import *
@@ -20,7 +20,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/api/45_report.ipynb #307868ea
+# %% ../nbs/api/45_report.ipynb #448501d4
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG to write
@@ -70,23 +70,28 @@ def _untrained(learn):
     if stats := norm_stats(learn): enc.mean,enc.std = stats
     return enc
 
+_labels = dict(baseline='raw pixels', untrained='the same network, untrained')            # row names of table.csv by role
+
 def run_table(
     learn:Learner, # A learner that was trained
     folder:str|Path, # Run directory
     labelled:DataLoaders|None=None, # Labelled images: trained on the first loader, tested on the second; without them the table is `rank_table`'s
     untrained:nn.Module|None=None, # The network as it began; default: drawn anew, where timm knows it
     n_max:int=5000 # Images of a loader at most
-)->pd.DataFrame: # A row for each: raw pixels, the network untrained, teacher and student
+)->pd.DataFrame: # One row per set of features; the column `role` is 'baseline', 'untrained', 'teacher', 'student', or 'trained' if there is one network
     "Measure what a run has learned, and leave it as table.csv with labels, as unlabelled.csv without"
     folder,start = Path(folder),time.time()
-    whos  = ('teacher','student') if hasattr(get_model(learn.model), 'teacher') else ('teacher',)                  # of one network both are the same
+    two   = hasattr(get_model(learn.model), 'teacher')           # else there is one network
     name  = type(_method(learn)).__name__ if _method(learn) else 'trained'
     untrained = ifnone(untrained, _untrained(learn))
     if untrained is not None: untrained = untrained.to(device_of(encoder_of(learn)))
-    models = ({} if untrained is None else {'the same network, untrained': untrained}) | {name + (f', {w}' if len(whos)>1 else ''): (learn,w) for w in whos}
+    models,roles = ({},{}) if untrained is None else ({_labels['untrained']: untrained}, {_labels['untrained']: 'untrained'})
+    for who in ('teacher','student')[:1+two]:
+        label = f'{name}, {who}' if two else name
+        models[label],roles[label] = (learn,who),who if two else 'trained'
     if labelled:
         dls = DataLoaders(*[_few(dl, n_max) for dl in (labelled[0],labelled[1])])
-        t = probe_table({'raw pixels': raw_pixels(dls)} | models, dls, k=min(20, _n(dls[0])))
+        t = probe_table({_labels['baseline']: raw_pixels(dls)} | models, dls, k=min(20, _n(dls[0])))
         images = dict(learn_from=_n(dls[0]), test=_n(dls[1]), of=[len(labelled[0].dataset),len(labelled[1].dataset)])
     else:
         dl = _few(learn.dls[0], min(n_max, 2048))
@@ -96,11 +101,12 @@ def run_table(
         t = pd.concat(parts.values())
         t = pd.DataFrame({'RankMe': t.rankme.map('{:.1f}'.format), 'features': (t.rankme/t.part).round().astype(int), 'α-ReQ': t.alpha.map('{:.2f}'.format)}).rename_axis('features of')
         images = dict(images=_n(dl), of=[len(learn.dls.train_ds)])
+    t['role'] = [roles.get(i, 'baseline') for i in t.index]
     with atomic_path(folder/('table.csv' if labelled else 'unlabelled.csv')) as tmp: t.to_csv(tmp)
     note_run(folder, measured=images | dict(epoch=getattr(learn, 'epoch', -1)+1, seconds=time.time()-start))
     return t
 
-# %% ../nbs/api/45_report.ipynb #153618eb
+# %% ../nbs/api/45_report.ipynb #036d8cb0
 def _time(s): return f'{s:.0f} s' if s<60 else f'{s//60:.0f} min {s%60:.0f} s' if s<3600 else f'{s//3600:.0f} h {s%3600//60:.0f} min'
 def _gb(n): return f'{n/2**30:.3g} GB'
 def _number(v): return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -124,13 +130,18 @@ _pictures = {'views.png':      ("Views of training images, a row an image: what 
                                 'Images, each with the images that the encoder finds most alike')}
 
 _advice = dict(nan='the loss is not a number', uniform='uniform collapse', point='collapse to one dimension', stuck='nothing learned yet')
-def _sign_of(text): return first(k for k,v in CollapseMonitor.advice.items() if v in text)
+def _role_of(label):
+    "Role of a row of a table.csv that has no roles"
+    known = {v:k for k,v in _labels.items()}
+    return known.get(label) or first(w for w in ('teacher','student') if label.endswith(f', {w}')) or 'trained'
 
 _names = dict(lr='learning rate, peak', lr_end='learning rate at the end', wd='weight decay at the start', wd_end='weight decay at the end', out_dim='prototypes, K', cmom='momentum of the centre',
               tmom_start='momentum of the teacher at the start', tmom_end='momentum of the teacher at the end', tmom_sched='schedule of that momentum', tpt_start='temperature of the teacher at the start',
               tpt_end='temperature of the teacher after warm-up', tpt_warmup_pct='part of training for that warm-up', tpt_sched='shape of that warm-up', tps='temperature of the student',
               freeze_last_layer='epochs that the last layer is frozen', clip="largest norm of a parameter's gradient", large_crop_ids='views that the teacher sees', teacher='teacher', target='targets', loss='loss',
               chunked_loss='loss in chunks')
+
+_ends = run_ends | {None: 'then it was killed, or it still runs'}
 
 class _Run:
     "What the folder of a run holds, in the words of the page"
@@ -151,7 +162,7 @@ class _Run:
         self.n_done  = len(self.history) if self.history is not None else self.ckpt.get('epoch', 0)
         self.settings = self.notes.get('settings') or self.ckpt.get('args') or {}
         self.n_epoch = self.notes.get('n_epoch') or self.settings.get('epochs') or self.n_done
-        self.said = [dict(epoch=o['epoch']+1, text=re.sub(r'^epoch \d+(, batch (\d+))?: ', lambda m: f'batch {m[2]}: ' if m[2] else '', o['text']), sign=_sign_of(o['text'])) for o in read_messages(self.folder)]
+        self.said = [dict(epoch=o['epoch']+1, text=re.sub(r'^epoch \d+(, batch (\d+))?: ', lambda m: f'batch {m[2]}: ' if m[2] else '', o['text']), sign=o['sign'] if o['sign'] in _advice else None) for o in read_messages(self.folder)]
         self._tables()
         self._pictures()
         self._verdict()
@@ -194,12 +205,13 @@ class _Run:
             if f is None: continue
             try:
                 df = pd.read_csv(f, index_col=0, dtype=str)
+                roles = df.pop('role') if 'role' in df else pd.Series({i:_role_of(i) for i in df.index})
                 if not df.shape[1]: raise ValueError('it has no columns')
             except Exception as e:
                 self.remarks.append(f"{name} cannot be read ({first_line(e)}).")
                 continue
             if name=='table.csv':
-                self.scores = df
+                self.scores = df.assign(role=roles)
                 note = "k-NN: the vote of the nearest neighbours; linear: a linear classifier on all labels; the others on few labels, mean ± deviation of five draws. The best of each column is bold."
                 n = f"; {part(m['learn_from'], m['of'][0])} labelled images to learn from, {part(m['test'], m['of'][1])} to test on" if 'test' in m else ''
                 self.tables.append(_table(df, f'Top-1 accuracy in percent{n}{when}', note))
@@ -233,7 +245,8 @@ class _Run:
         n,m,end = self.n_done,self.n_epoch,self.last.get('end')
         whole = n>=m>0
         done  = (f"All {m} epochs are done" if m>1 else "Its only epoch is done") if whole else f"{n} of {m} epochs are done"
-        why   = {None: 'then it was killed, or it still runs', 'finished': ''}.get(end, end) if self.last else ''
+        why   = _ends[end] if end not in ('finished','failed') else self.last.get('error', '') if self.last else ''
+        if not self.last: why = ''
         if whole and end is None: why = ''
         signs,now = [o for o in self.said if o['sign']],self._end_sign()
         bad = first(signs, lambda o: o['sign']=='nan')
@@ -250,14 +263,14 @@ class _Run:
         told = first(signs, lambda o: o['sign']==now)
         if told and not bad: what.append(f"The monitor said so after epoch {told['epoch']}.")
         if self.scores is not None:
-            s = self.scores.iloc[:,0].map(_float)
-            ours = [i for i in s.index if i not in ('raw pixels','the same network, untrained')]
+            s = dict(reversed([(r,_float(v)) for r,v in zip(self.scores.role, self.scores.iloc[:,0])]))           # by role; the first row of a role counts
+            ours = first(r for r in ('teacher','trained','student') if r in s)
             if ours:
-                whose = 'Features of the teacher' if ours[0].endswith('teacher') else 'Its features'
-                rest  = [f"{w} {s[i]:.1f}%" for i,w in (('the same network, untrained','those of the same network untrained'),('raw pixels','raw pixels')) if i in s.index]
-                what.append(f"{', '.join([f'{whose} reach {s[ours[0]]:.1f}% in the {self.scores.columns[0]} vote']+rest)}.")
-                if 'raw pixels' in s.index and s[ours[0]]<=s['raw pixels']: what.append("Raw pixels do as well or better.")
-                elif 'the same network, untrained' in s.index and s[ours[0]]<=s['the same network, untrained']: what.append("Training has added nothing to it.")
+                whose = 'Features of the teacher' if ours=='teacher' else 'Its features'
+                rest  = [f"{w} {s[r]:.1f}%" for r,w in (('untrained','those of the same network untrained'),('baseline','raw pixels')) if r in s]
+                what.append(f"{', '.join([f'{whose} reach {s[ours]:.1f}% in the {self.scores.columns[0]} vote']+rest)}.")
+                if s[ours]<=s.get('baseline', -math.inf): what.append("Raw pixels do as well or better.")
+                elif s[ours]<=s.get('untrained', -math.inf): what.append("Training has added nothing to it.")
         self.text = ' '.join(what)
 
     @property
@@ -311,7 +324,7 @@ class _Run:
         done = [s for s in self.sessions_ if s['epochs']]
         if len(done)<2: return None
         df = pd.DataFrame({f"{s['first_epoch']+1} to {s['first_epoch']+s['epochs']}": {'time': _time(s['seconds']), 'images/s': _number(round(s['images']/max(s['seconds'],1e-9))), 'on': s['machine']['gpu'] or s['machine']['cpu'],
-                           'ended': s['end'] or 'without a word'} for s in done}).T.rename_axis('epochs')
+                           'ended': s.get('error') or run_ends.get(s['end'], 'unknown')} for s in done}).T.rename_axis('epochs')
         return _table(df, 'The run was stopped and resumed; images/s above are of all sessions', best=False)
 
     @property
@@ -403,7 +416,7 @@ def _overlaid(runs):
             yield _whole_epochs(ax, n),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _twice(draw, n)
 
-# %% ../nbs/api/45_report.ipynb #c2a321fe
+# %% ../nbs/api/45_report.ipynb #6b2ad990
 def _differ(runs):
     "Settings, values, machine and versions that are not the same in all runs"
     def of(r):
@@ -444,8 +457,8 @@ def write_report(
     one   = len(rs)==1
     facts = dict(runs=[_context(r, one) for r in rs], title=rs[0].name if one else f'{len(rs)} runs compared', version=_version())
     if not one: facts |= dict(kind=', '.join(r.name for r in rs), overlaid=_overlaid(rs), differ=_differ(rs), other_losses=len({(r.notes.get('method'),r.notes.get('ln_k')) for r in rs})>1)
-    env  = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = env.from_string((importlib.resources.files('self_supervised')/'report.jinja').read_text(encoding='utf-8')).render(facts)
+    env  = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=jinja2.PackageLoader('self_supervised'))
+    page = env.get_template('report.jinja').render(facts)
     with atomic_path(out) as tmp: tmp.write_text(page, encoding='utf-8', errors='replace')              # a file's name may be no text
     return out
 

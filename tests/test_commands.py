@@ -4,11 +4,11 @@ import pytest
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import dino_train, run_command
-from self_supervised.cli_eval import dino_attention, dino_eval
-from self_supervised.cli_explore import dino_embed, dino_explore
-from self_supervised.cli_lab import dino_ablate
-from self_supervised.cli_prepare import dino_prepare
-from self_supervised.cli_report import dino_report
+from self_supervised.cli.evaluate import dino_attention, dino_eval
+from self_supervised.cli.explore import dino_embed, dino_explore
+from self_supervised.cli.ablate import dino_ablate
+from self_supervised.cli.prepare import dino_prepare
+from self_supervised.cli.report import dino_report
 
 SMALL = '--size 16 --batch-size 8 --num-workers 0'
 COMMANDS = [                                                     # in an order in which one uses what another wrote; sizes alone are added

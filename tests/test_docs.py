@@ -60,7 +60,12 @@ def test_every_exported_name_has_its_entry(pages, notebooks):
         for name in nb.symbols:
             head,o = pages[page_of(nb)].find(id=docs.anchor(name)),attrgetter(name)(nb.mod)
             assert head is not None and head.name=='h3' and head.code.text==name, f'{nb.path}: {name}'
-            if inspect.isfunction(o): assert head.find_next_sibling().code.text.startswith(name.split('.')[-1]+'('), name
+            if inspect.isfunction(o): assert head.find_next_sibling().code.text.startswith(name.split('.')[-1]+(' ' if hasattr(o, 'groups') else '(')), name
+
+def test_the_module_stands_below_the_title(pages, notebooks):
+    for nb in notebooks:
+        below = pages[page_of(nb)].article.h1.find_next_sibling()
+        assert (below.text==nb.mod.__name__) if nb.mod else 'module' not in below.get('class', []), nb.path
 
 def test_an_entry_says_what_the_code_says(pages):
     def table(page, name):
@@ -73,6 +78,21 @@ def test_an_entry_says_what_the_code_says(pages):
     patched = table('api/vision.dino.html', 'learner.fit_dino')
     assert [r[0] for r in patched[1:]]==['n_epoch','lr','lr_min','warmup_epochs','wd','scale_lr','start_epoch','cbs']
     assert patched[2][1]=='float | None'
+
+def test_a_command_has_a_table_of_options_per_group(pages):
+    from self_supervised.cli.train import dino_train
+    head = pages['api/cli.train.html'].find(id='dino_train')
+    assert head.find_next('code').find_next('code').text.strip()==dino_train.example
+    tables = {t.find_previous('h4').contents[0].strip(): [[c.text for c in r.find_all(['th','td'])] for r in t.find_all('tr')] for t in head.find_all_next('table', limit=len(dino_train.groups))}
+    assert list(tables)==list(dino_train.groups)
+    for title,names in dino_train.groups.items():
+        assert tables[title][0]==['Option','Value','Default','Description']
+        assert [r[0] for r in tables[title][1:]]==[f"--{n.replace('_','-')}" for n in names.split()]
+    rows = {r[0]:r[1:] for t in tables.values() for r in t}
+    assert rows['--batch-size-per-gpu']==['int','64','Batch size per rank']
+    assert rows['--teacher-temp'][:2]==['float','0.04'] and 'default' not in rows['--teacher-temp'][2]
+    assert rows['--global-crops-scale'][:2]==['float float','0.4 1.0'] and rows['--resume']==['','','Resume the run in --out']
+    assert 'sys.exit' not in pages['api/cli.train.html'].article.text                # what is internal is not shown
 
 def test_names_in_prose_lead_to_their_entries(pages):
     def href(page, text): return {a['href'] for a in pages[page].article.find_all('a') if a.text==text}
@@ -208,7 +228,7 @@ def look(page):
     if page.evaluate('document.documentElement.scrollWidth > innerWidth'): res.append('the page scrolls sideways')
     return res
 
-MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.html','benchmarks.html'
+MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.train.html','benchmarks.html'
 
 @pytest.mark.parametrize('size,names', [(WIDE,MAIN), (PHONE,None)], ids=['wide','phone'])
 def test_pages_in_a_browser(browser, url, pages, size, names):

@@ -4,7 +4,7 @@ import pytest
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import run_command
-from self_supervised.cli_eval import dino_attention, dino_eval, open_encoder
+from self_supervised.cli.evaluate import dino_attention, dino_eval
 from helpers import digits_learner, quiet
 
 def evaluate(tmp_path, *args, code=0):

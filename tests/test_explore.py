@@ -2,7 +2,6 @@
 import csv, io, pytest
 from fastai.vision.all import *
 from self_supervised.all import *
-from self_supervised.cli_explore import explore_page
 from test_docs import browser, PHONE, WIDE
 from test_report import look
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save
 from self_supervised.checkpoints import *
 from self_supervised.cli import dino_train, run_command
-from self_supervised.cli_eval import dino_attention, dino_eval
+from self_supervised.cli.evaluate import dino_attention, dino_eval
 from self_supervised.data import *
 from self_supervised.encoders import *
 from self_supervised.weights import load_dino_weights

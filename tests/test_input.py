@@ -3,7 +3,7 @@ import contextlib, json, pytest, signal, subprocess, sys, warnings
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import run_command
-from self_supervised.cli_prepare import dino_prepare, prepare_images
+from self_supervised.cli.prepare import dino_prepare
 from helpers import *
 from test_distributed import launch
 from test_images import bytes_of_good, good_files, mixed_folder, write
@@ -75,7 +75,7 @@ def test_workers_that_open_images_for_memory_name_bad_files(tmp_path):
         assert sorted(Path(json.loads(l)['path']).name for l in (tmp_path/f'run{n}'/'bad_files.jsonl').open())==['bad0.png','bad1.png','bad2.png']
         assert dls.train_ds.x.flatten(1).any(1).all()
 
-def prepare(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli_prepare import prepare_main; prepare_main()', *map(str, args)]
+def prepare(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli.prepare import prepare_main; prepare_main()', *map(str, args)]
 
 def tree(d): return {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file()}
 
@@ -93,14 +93,14 @@ def test_dino_prepare_goes_on_where_it_was_stopped(sig, tmp_path, capfd):
     _,err = p.communicate(timeout=60)
     done = {f: f.stat().st_mtime_ns for f in out.rglob('[0-9]*.png')}
     assert p.returncode==(-9 if sig==signal.SIGKILL else 130) and 4<=len(done)<40, (p.returncode,err,len(done))
-    if sig!=signal.SIGKILL: assert 'the same command goes on with what is left' in err and len(err.strip().splitlines())==1, err
+    if sig!=signal.SIGKILL: assert 'the same command continues' in err and len(err.strip().splitlines())==1, err
     for f in done: assert Image.open(f).convert('RGB').size==(43,32)                # each of them whole
     time.sleep(.5)
     still = len(list(out.rglob('[0-9]*.png')))
     (out/'.x.png.1.tmp').write_bytes(b'half')
     assert run_command(dino_prepare, [str(d), str(out), '--size', '32'])==0
     said = capfd.readouterr().out
-    assert '40 images' in said and '1 could not be read' in said
+    assert '40 images' in said and '1 unreadable' in said
     assert {f: f.stat().st_mtime_ns for f in done}==done and still<=len(done)+4      # nobody went on without the command
     prepare_images(d, whole, 32, num_workers=0, progress=False)
     assert tree(out)==tree(whole) and [o['path'] for o in map(json.loads, (out/'bad_files.jsonl').open())]==[str(d/'bad.jpg')]

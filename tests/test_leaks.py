@@ -66,7 +66,7 @@ def test_what_looks_at_a_model_leaves_it_as_it_was(tmp_path):
     assert left(learn)==before and changed(learn.model, was)==[] and [m.training for m in learn.model.modules()]==modes
 
 ALLOWED = {'vision/core.py': "asks the GPU whether it has bfloat16, which only CUDA's can lack", 'data.py': "pins memory for GPUs, and asks how much of theirs is free",
-           'checkpoints.py': "random numbers of GPUs, where there are some", 'cli_eval.py': 'names of devices in advice',
+           'checkpoints.py': "random numbers of GPUs, where there are some", 'encoders.py': 'names of devices in advice',
            'runs.py': 'notes which GPU there is, and how much of its memory was used'}
 
 def test_the_code_asks_for_no_cuda():

@@ -3,14 +3,14 @@ import json, pytest, timm
 from contextlib import nullcontext
 from fastai.vision.all import *
 from unittest import mock
-import self_supervised.cli_eval, self_supervised.cli_explore
+import self_supervised.cli.evaluate, self_supervised.cli.explore
 from self_supervised.all import *
 from self_supervised.cli import dino_train
-from self_supervised.cli_eval import dino_eval, dino_attention
-from self_supervised.cli_explore import dino_embed, dino_explore, explore_page
-from self_supervised.cli_prepare import dino_prepare
-from self_supervised.cli_report import dino_report
-from self_supervised.cli_lab import dino_ablate
+from self_supervised.cli.evaluate import dino_eval, dino_attention
+from self_supervised.cli.explore import dino_embed, dino_explore
+from self_supervised.cli.prepare import dino_prepare
+from self_supervised.cli.report import dino_report
+from self_supervised.cli.ablate import dino_ablate
 from self_supervised.evaluation.copydetection import make_copies
 from self_supervised.evaluation.video import video_accuracy
 from self_supervised.lab import ablate

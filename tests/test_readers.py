@@ -6,8 +6,8 @@ from PIL import Image
 from self_supervised.all import *
 from self_supervised.data import _to_image
 from self_supervised.cli import dino_train, named_open_fn, run_command
-from self_supervised.cli_eval import dino_eval
-from self_supervised.cli_explore import dino_embed, dino_explore
+from self_supervised.cli.evaluate import dino_eval
+from self_supervised.cli.explore import dino_embed, dino_explore
 from self_supervised.evaluation.copydetection import copy_detection, read_copydays
 from self_supervised.evaluation.retrieval import image_files
 from self_supervised.evaluation.segmentation import attention_segmentation, mask_pairs
@@ -309,7 +309,7 @@ def readers(d, n):
 HEAD = """
 from fastai.vision.all import *
 from self_supervised.all import *
-from self_supervised.cli_prepare import prepare_images
+from self_supervised.prepare import prepare_images
 from self_supervised.evaluation.copydetection import *
 from self_supervised.evaluation.retrieval import *
 """

@@ -1,9 +1,9 @@
 "The page of a run: whole without a network, in a browser wide and on a phone, whatever the run has left and whatever its names are"
-import json, shlex, subprocess, sys, warnings
+import json, math, shlex, subprocess, sys, warnings
 from fastai.vision.all import *
 import pytest
 from self_supervised.cli import dino_train, run_command
-from self_supervised.cli_report import dino_report
+from self_supervised.cli.report import dino_report
 from self_supervised.report import *
 from self_supervised.runs import *
 from helpers import *
@@ -77,7 +77,7 @@ def look(browser, file, size):
 @pytest.mark.parametrize('name,n,says', [
     ('labelled',   5, ['All 2 epochs are done','20-NN','raw pixels','the same network, untrained','DINO, teacher','DINO, student','1 image files could not be read','<img src=x onerror=alert(1)>.png','dino_train','timm.create_model','torch']),
     ('unlabelled', 4, ['Its only epoch is done','Without labels, on','RankMe','vit_mini_patch4_16']),
-    ('resumed',    2, ['All 3 epochs are done','stopped and resumed','without a word','The folder of the run holds no pictures','Nothing was measured'])])
+    ('resumed',    2, ['All 3 epochs are done','stopped and resumed','unknown','The run directory contains no figures','No evaluation was run'])])
 def test_a_page_in_a_browser(browser, runs, name, n, says, size):
     file = runs/name/'report.html'
     if not file.exists(): write_report(runs/name)
@@ -97,7 +97,7 @@ def test_several_on_one_page(browser, runs, tmp_path):
     for size in (WIDE,PHONE):
         wrong,text,images = look(browser, out, size)
         assert wrong==[] and images>=10
-        for o in ('3 runs compared',evil.name,'What differs','network','different losses','Without labels','20-NN'): assert o in text, o
+        for o in ('3 runs compared',evil.name,'Differences','network','different losses','Without labels','20-NN'): assert o in text, o
 
 def test_the_browser_sees_what_is_wrong(browser, tmp_path):
     (tmp_path/'bad.html').write_text('<img src="none.png"><div style="width:2000px">wide</div><script>console.log("oh"); alert("me")</script>')
@@ -125,13 +125,13 @@ def test_a_run_that_collapses_or_dies_says_so(tmp_path, folder):
     text = write_report(tmp_path/'flat').read_text()
     assert 'Collapsed: uniform collapse' in text and 'lower teacher temperature' in text and len(read_messages(tmp_path/'flat'))==1
     text = (tmp_path/'nan'/'report.html').read_text()
-    assert 'the loss is not a number' in text and 'Try bf16 or fp32' in text and read_notes(tmp_path/'nan')['sessions'][-1]['end']=='a monitor stopped it'
+    assert 'the loss is not a number' in text and 'Try bf16 or fp32' in text and read_notes(tmp_path/'nan')['sessions'][-1]['end']=='nan'
 
 def test_a_run_that_is_told_to_stop_leaves_its_page(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(RunCheckpoint, 'after_epoch', lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert train(tmp_path/'cut', '--path', folder/'test', '--arch', 'convnet_mini', '--epochs', '2')==130
     text = (tmp_path/'cut'/'report.html').read_text()
-    assert '1 of 2 epochs are done: it was stopped by hand' in text
+    assert '1 of 2 epochs are done: it was interrupted' in text
 
 def test_large_sets_are_drawn_from(tmp_path):
     learn = digits_learner(0, n_train=64, out_dim=32)
@@ -143,4 +143,48 @@ def test_large_sets_are_drawn_from(tmp_path):
 def test_the_template_comes_with_the_package(tmp_path):
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '-d', tmp_path], cwd=root, check=True, capture_output=True)
-    assert (tmp_path/'self_supervised'/'report.jinja').read_bytes()==(root/'self_supervised'/'report.jinja').read_bytes()
+    assert (tmp_path/'self_supervised'/'templates'/'report.jinja').read_bytes()==(root/'self_supervised'/'templates'/'report.jinja').read_bytes()
+
+# run directories of version 0.1: the end of a run as a sentence, messages without a sign, tables without roles
+OLD_ENDS  = {None: None, 'finished': 'finished', 'time_limit': 'its time was up', 'interrupted': 'it was stopped by hand', 'out_of_memory': 'memory was full', 'stopped_by_monitor': 'a monitor stopped it',
+             'cancelled': 'it was cancelled', 'failed': 'no space left on device: make room, and resume'}
+OLD_TEXTS = dict(nan="epoch 1, batch 0: The loss is not a number, and training stops here, before this step; the last checkpoint is good. Try bf16 or fp32 instead of fp16, a lower lr, or a smaller clip.",
+                 uniform="epoch 1: loss 4.1, teacher entropy 4.1, ln K 4.1. The teacher gives every image the same flat answer: the entropy of its targets is ln K (uniform collapse). Try a lower teacher temperature.",
+                 point="epoch 1: loss 0.1, teacher entropy 0.1, ln K 4.1. The teacher gives every image the same single prototype: the entropy of its targets is near 0 (collapse to one dimension). Check.",
+                 stuck="epoch 1: loss 4.2, teacher entropy 2.0, ln K 4.1. The loss stands at ln K or above: the student has learned nothing yet, though the teacher tells images apart.",
+                 failed="epoch 1: knn_monitor failed (no space): its column is left out of this epoch, and training goes on")
+
+def synthetic_run(folder, old, end='finished', sign=None, loss=3., entropy=2.5, rows=('raw pixels','the same network, untrained','DINO, teacher','DINO, student')):
+    "A run directory of two epochs of three, or of all three if it finished"
+    folder.mkdir(parents=True)
+    machine = dict(device='cpu', cpu='a CPU', cores=1, memory=None, gpu=None, gpu_memory=None, system='Linux')
+    n = 3 if end=='finished' else 2
+    session = dict(started=0., command=None, first_epoch=0, epochs=n, images=8*n, seconds=1., end=OLD_ENDS[end] if old else end, processes=1, machine=machine, versions={})
+    if end=='failed' and not old: session['error'] = OLD_ENDS['failed']
+    (folder/'run.json').write_text(json.dumps(dict(started=0., n_epoch=3, method='DINO', images=8, ln_k=math.log(64), settings=dict(lr=1e-3), sessions=[session])))
+    message = dict(epoch=1, text=OLD_TEXTS[sign]) if sign else {}
+    (folder/'messages.jsonl').write_text(json.dumps(message if old else message | dict(sign=sign))+'\n' if sign else '')
+    pd.DataFrame(dict(epoch=range(n), train_loss=loss, teacher_entropy=entropy, kl=.5, time='00:01')).to_csv(folder/'history.csv', index=False)
+    t = pd.DataFrame({'20-NN': [90.,85.,80.,95.][:len(rows)]}, index=pd.Index(rows, name='features'))
+    roles = ['baseline','untrained'] + (['teacher','student'] if len(rows)==4 else ['trained'])
+    (t if old else t.assign(role=roles)).to_csv(folder/'table.csv')
+    return folder
+
+@pytest.mark.parametrize('case', [dict(), *(dict(end=o) for o in OLD_ENDS), *(dict(sign=o) for o in OLD_TEXTS), dict(end='stopped_by_monitor', sign='nan'), dict(sign='point', loss=.1, entropy=.05),
+                                  dict(sign='uniform', loss=4.15, entropy=4.15), dict(sign='stuck', loss=4.2), dict(rows=('raw pixels','the same network, untrained','LeJEPA'))],
+                         ids=lambda c: '-'.join(map(str, c.values())) or 'healthy')
+def test_old_run_directories_have_the_same_verdict(tmp_path, case):
+    pages = []
+    for old in (True,False):
+        d = synthetic_run(tmp_path/str(old)/'run', old, **case)
+        pages.append(write_report(d).read_text().replace(str(d), 'RUN'))
+        assert [o['sign'] for o in read_messages(d)]==([case['sign']] if 'sign' in case else [])
+        assert [s['end'] for s in read_notes(d)['sessions']]==[case.get('end', 'finished')]
+    assert pages[0]==pages[1]
+    assert 'Raw pixels do' in pages[0] or len(case.get('rows', ()))==3
+
+def test_notes_of_an_old_run_are_rewritten_with_keys(tmp_path):
+    d = synthetic_run(tmp_path/'run', True, end='failed')
+    note_run(d, images=9)
+    session, = json.loads((d/'run.json').read_text())['sessions']
+    assert session['end']=='failed' and session['error']==OLD_ENDS['failed']

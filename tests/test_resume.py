@@ -120,16 +120,16 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code):
 def test_a_run_ends_in_time_and_goes_on(tmp_path):
     out = subprocess.run(_command('--out', tmp_path, '--epochs', '500', '--max-hours', 12/3600), check=True, capture_output=True, text=True).stdout
     n = len(pd.read_csv(tmp_path/'history.csv'))
-    assert 'the same command with --resume goes on' in out and 1<=n<500 and not (tmp_path/'encoder.safetensors').exists()
+    assert 'the same command with --resume continues' in out and 1<=n<500 and not (tmp_path/'encoder.safetensors').exists()
     subprocess.run(_command('--out', tmp_path, '--epochs', n+1, '--resume'), check=True, capture_output=True)
     assert len(pd.read_csv(tmp_path/'history.csv'))==n+1 and (tmp_path/'encoder.safetensors').exists()
 
 def _quick(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', *map(str, args)]
 
 def test_resuming_a_run_that_is_not_there_is_said(tmp_path, capsys):
-    "Else a misspelt --out looks like a run that goes on"
+    "Else a misspelt --out looks like a run that is resumed"
     assert run_command(dino_train, _quick('--out', tmp_path/'misspelt', '--epochs', 1, '--resume', '--max-hours', 1e-6))==0
-    assert 'misspelt holds no checkpoint to resume from: starting anew' in capsys.readouterr().out
+    assert 'misspelt contains no checkpoint to resume from: training starts at epoch 0' in capsys.readouterr().out
 
 def test_what_was_overwritten_is_not_resumed(tmp_path, capsys):
     "A run that is started anew and stopped in its first epoch does not go on from the old one"

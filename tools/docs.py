@@ -20,6 +20,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
 from nbdev.showdoc import showdoc_nm
 from readme import output, root
+from self_supervised.cli import command_parser
 
 KATEX = '0.16.47'
 PROCS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hide_]
@@ -103,11 +104,40 @@ def choices(d):
     rows = [f"| `{k}` | {re.sub(r'[|]', chr(92)+'|', cell(v))} |" for k,v in d.items()]
     return '\n'.join(['| Key | Value |','|---|---|', *rows])
 
+def option_code(t):
+    "`t`, help of a command, with options and values in quotation marks in code font"
+    t = re.sub(r"(?<!\w)'([^' ]+)'", r'`\1`', t)
+    return re.sub(r'(?<![\w`-])--[a-z][\w-]*', r'`\g<0>`', t).replace('|', r'\|')
+
+def options(o):
+    "The options of a command: for each group of its parser a heading and a table"
+    def code(t): return f'`{t}`' if t else ''
+    def value(a):
+        if a.nargs==0: return ''
+        kind = {'bool_arg':'bool'}.get(a.type.__name__, a.type.__name__)
+        return {None: kind, '+': f'{kind} ...'}.get(a.nargs) or ' '.join([kind]*a.nargs)
+    def row(a):
+        said = re.search(r' \(default: (.*?)\)(?=[;,]|$)', a.help)
+        return [code(a.option_strings[0] if a.option_strings else a.dest), code(value(a)), option_code(said[1]) if said else '', option_code(a.help.replace(said[0], '') if said else a.help)]
+    res = []
+    for g in command_parser(o)._action_groups:
+        if g.title not in o.groups: continue
+        rows = [['Option','Value','Default','Description'], ['---']*4, *map(row, g._group_actions)]
+        table = '\n'.join(f"| {' | '.join(r)} |" for r in rows)
+        res.append(f'#### {g.title}\n\n<div class="parameters options" markdown>\n\n{table}\n\n</div>')
+    return '\n\n'.join(res)
+
+def command(o):
+    "A console command: an example, what it does, and its options"
+    url = source_url(o)
+    return [f'[source]({url}){{ .source }}']*bool(url) + [f'```bash\n{o.example}\n```', option_code(docstring(o)), options(o)]
+
 def entry(name, mod):
     "Heading, signature, docstring and parameters of one symbol"
     o,res = attrgetter(name)(mod),[f'### `{name}` {{ #{anchor(name)} .entry }}']
     f = o.fget if isinstance(o, property) else o
     if isinstance(o, dict) and o: return '\n\n'.join([*res, choices(o)])
+    if hasattr(o, 'groups') and hasattr(o, 'example'): return '\n\n'.join([*res, *command(o)])
     if callable(f):
         if url := source_url(f): res.append(f'[source]({url}){{ .source }}')
         if f is o: res.append(f"```python\n{signature(name.split('.')[-1], o)}\n```")
@@ -190,6 +220,7 @@ def markdown(page, links, docs):
             head = (re.findall(r'^#+ (.+)$', c.source, re.M) or [head])[-1].replace('`', '')
             md = re.sub(r'^::: *\{\.callout-(\w+)[^\n]*\}\n(.*?)\n:::$', callout, links(c.source, page), flags=re.M|re.S)
             res.append(subtitled(md, page.mod) if page.mod and i==0 else md)
+        elif 'exporti' in d: continue                           # internal names
         elif 'export' in d: res += [links(t, page) for t in exported(c, page.mod)]
         elif c.cell_type=='code' and 'default_exp' not in d:
             if d.get('echo')!='false': res.append(f'```python\n{c.source.strip()}\n```')
