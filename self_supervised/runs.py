@@ -292,7 +292,7 @@ class History(_AtEpochEnd, CSVLogger):
         try: super()._write_line(self._row(log))
         except OSError as e: raise OSError(f"{self.fname} could not be written ({e.strerror or e}): make room or pass another folder, and resume") from e
 
-# %% ../nbs/api/21_runs.ipynb #55f6864f
+# %% ../nbs/api/21_runs.ipynb #3943ea62
 def _cpu():
     "The name of the processor, which Python does not know on Linux"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
@@ -335,9 +335,9 @@ def describe_run(
     return dict(method=type(method).__name__ if method else None, arch=getattr(enc, 'timm_args', {}).get('model_name', type(enc).__name__), parameters=sum(p.numel() for p in enc.parameters()),
                 images=len(dl.dataset) if hasattr(dl, 'dataset') else None, batch=getattr(dl, 'bs', None), views=views, ln_k=math.log(model.C.shape[1]) if hasattr(model, 'C') else None, chosen=_chosen(learn, method, model))
 
-run_ends = dict(
-    finished='finished', time_limit='its time was up', nan='the loss became NaN or infinite', stopped_by_monitor='a monitor stopped it',
-    cancelled='a callback cancelled it', interrupted='it was interrupted (Ctrl-C or SIGTERM)', out_of_memory='memory ran out', failed='it failed')
+run_ends = dict(                                                 # key of `end` in run.json to its meaning
+    finished='finished', time_limit='its time limit was reached', nan='the loss became NaN or infinite', stopped_by_monitor='a monitor stopped it',
+    cancelled='a callback cancelled it', interrupted='it was interrupted (Ctrl-C or SIGTERM)', out_of_memory='it ran out of memory', failed='it failed')
 
 # what run.json and messages.jsonl had before they had keys
 _old_ends  = {'its time was up':'time_limit', 'a monitor stopped it':'stopped_by_monitor', 'it was cancelled':'cancelled', 'it was stopped by hand':'interrupted', 'memory was full':'out_of_memory'}
