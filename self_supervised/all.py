@@ -23,6 +23,7 @@ from .evaluation.unlabelled import *
 from .monitors import *
 from .runs import *
 from .memory import *
+from .prepare import *
 from .callbacks import *
 from .vision.core import *
 from .vision.dino import *
@@ -40,3 +41,4 @@ from .vision.continued import *
 from .explore import *
 from .widgets import *
 from .report import *
+from .profiling import *
