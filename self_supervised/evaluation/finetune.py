@@ -113,7 +113,7 @@ def finetune_learner(
             raise ValueError("the DataLoaders normalise with other statistics than the encoder was trained with: remove their Normalize, the model does it itself")
         stats = None                                             # once is enough
     elif stats is not None and not given: check_unit(x, ", for the classifier does so itself; or say what to normalise with, stats=([0]*3,[1]*3) where that was done already")
-    with says_what_fits(encoder_of(encoder, who), x): pass
+    with check_input(encoder_of(encoder, who), x): pass
     model = Classifier(deepcopy(encoder_of(encoder, who)), n_out, stats, ps, x.shape[1], tuple(x.shape[-2:]))
     for p in model.parameters(): p.requires_grad_(True)          # a teacher's are frozen
     kwargs = merge(dict(loss_func=loss, metrics=metrics), kwargs)
