@@ -15,7 +15,7 @@ from itertools import groupby
 import kornia, kornia.augmentation as K
 from .data import *
 
-# %% ../nbs/api/01_augmentations.ipynb #28f9beee
+# %% ../nbs/api/01_augmentations.ipynb #5c0e4827
 def _per_image(x):
     "Whether to process one image at a time, which suits the cache of a CPU"
     return x.device.type=='cpu' and x.shape[-2:].numel()>64**2
@@ -43,10 +43,10 @@ def resize_matrix(
     return w/w.sum(-1, keepdim=True)
 
 def _mix(x, rows, cols):
-    "Compute `rows @ x @ cols.T` for images (bs,C,h,w) with n matrices per image, crop-major: (n*bs,size,h) and (n*bs,size,w)"
+    "Compute `rows @ x @ cols.T` for images (bs,C,h,w) with n matrices per image (n*bs,size,h), (n*bs,size,w), crop-major"
     (bs,c,h,w),(m,size,_) = x.shape,rows.shape
     n = m//bs
-    cols = cols.unflatten(0,(n,bs)).permute(1,3,0,2).reshape(bs,w,n*size)                   # one product for the columns of all n views
+    cols = cols.unflatten(0,(n,bs)).permute(1,3,0,2).reshape(bs,w,n*size)    # one product for the columns of all n views
     y = torch.bmm(x.reshape(bs,c*h,w), cols).view(bs,c,h,n,size).permute(3,0,2,1,4)         # (n,bs,h,C,size)
     return torch.bmm(rows, y.reshape(m,h,c*size)).view(m,size,c,size).transpose(1,2)
 
@@ -62,7 +62,7 @@ def crop_matmul(
     rows,cols  = resize_matrix(boxes[:,0],boxes[:,2],x.shape[2],size),resize_matrix(boxes[:,1],boxes[:,3],x.shape[3],size)
     cols = torch.where(flip[:,None,None], cols.flip(1), cols)
     y = _mix(to_unit(x, dtype).to(dtype), rows.to(dtype), cols.to(dtype))
-    return y.clamp(0,1)                                          # bicubic overshoots; Pillow clips before the colour jitter
+    return y.clamp(0,1)    # bicubic overshoots; Pillow clips before the colour jitter
 
 def crop_resize(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
@@ -180,7 +180,7 @@ def gaussian_blur(
 
 def solarize(x): return torch.minimum(x, 1-x)                    # inverts values above 0.5
 
-# %% ../nbs/api/01_augmentations.ipynb #632c0262
+# %% ../nbs/api/01_augmentations.ipynb #677c4225
 class View:
     "Augment a batch: random crop, flip, colour jitter, greyscale, Gaussian blur and solarisation, drawn per image"
     def __init__(self,
@@ -205,7 +205,8 @@ class View:
         store_attr()
         self.mean,self.std = (torch.as_tensor(o, dtype=torch.float32) for o in stats)
         if len(self.mean)!=3 and (saturation or hue or gray_p):
-            raise ValueError(f"images of {len(self.mean)} channels have no hue, saturation or grey: pass saturation=0, hue=0, gray_p=0")
+            raise ValueError(f"images of {len(self.mean)} channels have no hue, saturation or grey: "
+                             "pass saturation=0, hue=0, gray_p=0")
         if not (0<min_scale<=max_scale<=1):
             raise ValueError(f"crop scales from {min_scale} to {max_scale}: pass 0 < min_scale <= max_scale <= 1")
 
@@ -304,7 +305,7 @@ def make_views(
             for i,v in zip(g, views.unflatten(0, (len(g),n))): outs[i] = v
     return outs
 
-# %% ../nbs/api/01_augmentations.ipynb #4c950d58
+# %% ../nbs/api/01_augmentations.ipynb #d1ef0739
 def stats_of(
     pipelines:list # `View`s, and other callables
 )->tuple|None: # Mean and standard deviation of the channels; None if not known
@@ -349,7 +350,7 @@ def get_dino_aug_pipelines(
     solarize_p:float|tuple=(0.,.2,0.), # Probability of solarisation
     **kwargs
 )->AugPipelines: # One `View` per crop, global crops first
-    "Create the views of DINO (Caron et al. 2021, appendix); an option is one value, three (global 1, global 2, local) or one per view"
+    "Create DINO's views (Caron et al. 2021); an option is one value, three (global 1, global 2, local) or one per view"
     n = sum(num_crops)
     if n_in!=3:
         if 'stats' not in kwargs:
@@ -374,7 +375,7 @@ def get_digits_aug_pipelines(
                 saturation=0., hue=0., gray_p=0., blur_p=.5, blur_sigma=(.1,.6), solarize_p=0.)
     return get_dino_aug_pipelines(num_crops, crop_sizes, **merge(opts, kwargs))
 
-# %% ../nbs/api/01_augmentations.ipynb #9a33ecd0
+# %% ../nbs/api/01_augmentations.ipynb #40cb9314
 class _CropFlipGenerator(K.random_generator.ResizedCropGenerator):
     def forward(self, batch_shape, same_on_batch=False):
         flip = torch.rand(1 if same_on_batch else batch_shape[0])<self.flip_p
@@ -402,7 +403,7 @@ class RandomResizedCropFlip(K.RandomResizedCrop):
 
     @torch.no_grad()
     def apply_transform(self, input, params, flags, transform=None):
-        flip,src = params['flip'],params['src'].cpu().flip(-1)                               # corners (y,x), clockwise from the upper left
+        flip,src = params['flip'],params['src'].cpu().flip(-1)    # corners (y,x), clockwise from the upper left
         if flags['resample']==kornia.constants.Resample.BICUBIC:
             boxes = torch.cat([src[:,0],src[:,2]-src[:,0]+1], 1)
             return crop_resize(input.float(), boxes, flags['size'][0], flip).to(input.dtype)

@@ -18,7 +18,7 @@ from .plain import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/api/07_checkpoints.ipynb #455721ad
+# %% ../nbs/api/07_checkpoints.ipynb #ac959163
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -83,7 +83,8 @@ def export_encoder(
     if file.suffix!='.safetensors':
         raise ValueError(f"{file}: pass a name that ends in .safetensors, by which timm recognises the format")
     args  = getattr(enc, 'timm_args', None)
-    plain = dict(args=args and pack_layers(args), img_size=nested_attr(enc, 'patch_embed.img_size'), n_in=(args or {}).get('in_chans'),
+    plain = dict(args=args and pack_layers(args), n_in=(args or {}).get('in_chans'),
+                 img_size=nested_attr(enc, 'patch_embed.img_size'),
                  mean=stats and _rounded(stats[0]), std=stats and _rounded(stats[1]))
     meta  = {'arch': (args or {}).get('model_name', type(enc).__name__), 'who': who}
     meta |= {k:json.dumps(to_plain(v)) for k,v in plain.items() if v is not None}
@@ -95,7 +96,7 @@ def export_encoder(
 def timm_call(
     file:str|Path # File that `export_encoder` wrote
 )->str|None: # Line of Python; None if timm does not know the model
-    "Write the line of Python that loads an exported encoder with timm, including the import of a module that registers it"
+    "Write the line of Python that loads an exported encoder with timm, and imports the module that registers it"
     with safe_open(file, 'pt') as f: meta = {k:json.loads(v) for k,v in (f.metadata() or {}).items() if k in ('args','mean','std')}
     args,mean,std = (meta.get(k) for k in ('args','mean','std'))
     if not args: return None
@@ -108,7 +109,8 @@ def timm_call(
     return f"{need}timm.create_model({call}, checkpoint_path={str(file)!r}{norm}){note}"
 
 _foreign = 'load weights of other projects into an encoder with load_dino_weights(encoder, file)'
-_other_files = {'pretrained','pretrained_cfg','pretrained_cfg_overlay','checkpoint_path','cache_dir'}     # arguments that load other files
+# arguments of timm that load other files
+_other_files = {'pretrained','pretrained_cfg','pretrained_cfg_overlay','checkpoint_path','cache_dir'}
 
 def _build(meta, file):
     "Create the encoder from the timm arguments in `meta`"
@@ -132,14 +134,16 @@ def _is_run(o):
 def _from_run(file, who):
     "Read weights and metadata of an encoder from a checkpoint of `RunCheckpoint`"
     try: run = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file} is not a checkpoint that can be read safely ({first_line(e)}); {_foreign}") from e
+    except Exception as e:
+        raise ValueError(f"{file} is not a checkpoint that can be read safely ({first_line(e)}); {_foreign}") from e
     if not _is_run(run):
         raise ValueError(f"{file} is not a checkpoint of a run: pass a file that export_encoder or RunCheckpoint wrote; {_foreign}")
     model = run['model']
     if not any(k.startswith('teacher.') for k in model): who = 'student'              # a method without a teacher
     prefix = f'{who}.0.encoder.'
     state  = {k.removeprefix(prefix):v for k,v in model.items() if k.startswith(prefix)}
-    if not state: raise ValueError(f"{file} holds no {who}: it has {', '.join(sorted({k.split('.')[0] for k in model}))}")
+    if not state:
+        raise ValueError(f"{file} holds no {who}: it has {', '.join(sorted({k.split('.')[0] for k in model}))}")
     meta = dict(args=run.get('encoder'), mean=model.get('mean'), std=model.get('std'))
     return state,{k:v for k,v in meta.items() if v is not None}
 
@@ -148,7 +152,8 @@ def _from_safetensors(file, who):
     try:
         with safe_open(file, 'pt') as f: meta,state = f.metadata() or {},{k:f.get_tensor(k) for k in f.keys()}
         if who=='student' and meta.get('who')!='student':
-            raise ValueError(f"{file} holds the teacher's encoder: pass a checkpoint of the run for the student's, or omit who")
+            raise ValueError(f"{file} holds the teacher's encoder: "
+                             "pass a checkpoint of the run for the student's, or omit who")
         return state,{k: v if k=='arch' else json.loads(v) for k,v in meta.items() if k in ('arch','args','mean','std')}
     except (SafetensorError,json.JSONDecodeError) as e:
         raise ValueError(f"{file} is damaged, or not a .safetensors file ({e}): export the encoder again") from e
@@ -175,7 +180,8 @@ def load_encoder(
     "Create the exported or saved encoder, and load its weights, all of them or none"
     if who not in ('teacher','student'): raise ValueError(f"who={who!r}: pass 'teacher' or 'student'")
     if not Path(file).is_file():
-        raise ValueError(f"{file} is not a file: pass a .safetensors file that export_encoder wrote, or a checkpoint of a run (.pth)")
+        raise ValueError(f"{file} is not a file: "
+                         "pass a .safetensors file that export_encoder wrote, or a checkpoint of a run (.pth)")
     state,meta = (_from_safetensors if Path(file).suffix=='.safetensors' else _from_run)(file, who)
     return _fill(_build(meta, file) if encoder is None else encoder, state, meta, file)
 
@@ -210,7 +216,7 @@ def random_kept(dls=None):
     try: yield
     finally: set_random_state(state, dls)
 
-# %% ../nbs/api/07_checkpoints.ipynb #4c2d21dc
+# %% ../nbs/api/07_checkpoints.ipynb #3790c8cd
 def peek(
     dls, # DataLoaders
     n:int=1, # Number of images
@@ -223,7 +229,8 @@ def peek(
             few = dl.new(bs=min(n, ifnone(dl.n, n)), shuffle=shuffle and dl.indexed, drop_last=False)
             b   = few.one_batch()
         else: b = first(dl)
-        if b is None: raise ValueError("the training loader has no batch: pass one with images, or with a smaller batch size")
+        if b is None:
+            raise ValueError("the training loader has no batch: pass one with images, or with a smaller batch size")
         b = image_batch(b)
         if dl_normalize(dl) is None: check_unit(b[0])
         return tuple(to_device(b, getattr(dls,'device',None)))

@@ -84,7 +84,7 @@ def vit_base(
     "Create a ViT-B (Dosovitskiy et al. 2021)"
     return _deit('vit_base_patch16_224', patch_size, drop_path_rate, **kw)
 
-# %% ../nbs/api/02_encoders.ipynb #d8f24d7b
+# %% ../nbs/api/02_encoders.ipynb #cffefb47
 class MiniConvNet(nn.Sequential):
     "A network of three 3x3 convolutions of stride 1, 2 and 2 with BatchNorm, and average pooling"
     def __init__(self,
@@ -109,11 +109,11 @@ def convnet_mini(pretrained=False, in_chans=3, num_classes=0, **kwargs)->nn.Modu
 
 @register_model
 def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
-    "Create a ViT with patch size 4, 64 features, 3 blocks and 4 heads for images from 16 pixels: 150 thousand parameters"
+    "Create a ViT with patch size 4, 64 features, 3 blocks and 4 heads for images from 16 pixels: 150,000 parameters"
     opts = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
     return _with_cfg(timm.models.VisionTransformer(**merge(opts, _own(kwargs))), kwargs)
 
-# %% ../nbs/api/02_encoders.ipynb #e5175085
+# %% ../nbs/api/02_encoders.ipynb #923dbac4
 _VT = timm.models.VisionTransformer
 
 def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
@@ -152,7 +152,7 @@ def set_attention(
     device:str|None=None, # Device type of the forward passes; None: restore timm's setting
     dtype:torch.dtype|None=None # Precision of the forward passes
 ):
-    "Disable fused attention on a CPU in bfloat16, where it is slower, and restore it elsewhere; keep layers set by the user"
+    "Disable fused attention on a CPU in bfloat16, where it is slower, and restore it elsewhere; keep the user's choices"
     compiled = any(getattr(m, '_compiled_call_impl', None) for m in model.modules())
     plain = device=='cpu' and dtype==torch.bfloat16 and not compiled
     for m in model.modules():
@@ -209,7 +209,7 @@ class MultiCropWrapper(Module):
                              "add pooling, for example nn.Sequential(encoder, PoolFlatten())")
         return out
 
-# %% ../nbs/api/02_encoders.ipynb #0a47dff1
+# %% ../nbs/api/02_encoders.ipynb #f4e0feb2
 @contextmanager
 def eval_mode(
     m:nn.Module # Model
@@ -257,13 +257,13 @@ def check_input(
             raise ValueError(f"images of {x.shape[1]} channels for an encoder of {c}: open them {how}") from e
         if isinstance(e, AssertionError) or 'size' in message and 'memory' not in message:
             raise ValueError(f"{name} cannot take images of {x.shape[-2]}x{x.shape[-1]} pixels ({message}): "
-                             "choose sizes that are multiples of the patch size, or create the backbone with create_encoder, "
+                             "choose multiples of the patch size, or create the backbone with create_encoder, "
                              "which enables all sizes where timm supports them") from e
         raise
 
 says_what_fits = check_input                                     # old name, for one version
 
-# %% ../nbs/api/02_encoders.ipynb #13a65e9d
+# %% ../nbs/api/02_encoders.ipynb #5f3cc82e
 def native_size(
     encoder:nn.Module # Encoder
 )->int: # Image size in pixels
@@ -287,9 +287,10 @@ def check_sizes(
         cfg  = getattr(encoder, 'pretrained_cfg', {})
         name = cfg.get('architecture', type(encoder).__name__)
         own  = cfg.get('input_size', (3,224,224))[-1]
-        raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({first_line(e)}). If it accepts one size "
-                         f"only, set all crop sizes to it: get_dino_aug_pipelines(crop_sizes=({own},{own})); or choose a backbone for "
-                         "all sizes, such as vit_*, deit_*, swin_*, convnext_*, resnet* or efficientnet_*; "
+        raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({first_line(e)}). "
+                         "If it accepts one size only, set all crop sizes to it: "
+                         f"get_dino_aug_pipelines(crop_sizes=({own},{own})); or choose a backbone for all sizes, "
+                         "such as vit_*, deit_*, swin_*, convnext_*, resnet* or efficientnet_*; "
                          "sizes must be multiples of the patch size") from e
     return out.shape[1]
 
@@ -308,7 +309,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/api/02_encoders.ipynb #29dcd93d
+# %% ../nbs/api/02_encoders.ipynb #8e4d004b
 @contextmanager
 def _plain_attention(attn):
     was,attn.fused_attn = attn.fused_attn,False
@@ -335,7 +336,8 @@ def last_attention(
     if not -n<=block<n: raise ValueError(f"block={block}, but the encoder has {n} blocks: pass 0 to {n-1}")
     attn = getattr(blocks[block], 'attn', None)
     if not hasattr(attn, 'fused_attn'):
-        raise ValueError(f"{type(encoder).__name__} has no blocks[-1].attn: attention maps need a timm vision transformer")
+        raise ValueError(f"{type(encoder).__name__} has no blocks[-1].attn: "
+                         "attention maps need a timm vision transformer")
     maps = []
     hook = attn.attn_drop.register_forward_pre_hook(lambda m,args: maps.append(args[0]))
     try:
@@ -373,7 +375,8 @@ def whole_patches(
     "Crop images at the right and at the bottom to whole patches"
     if patch is None: return x
     (h,w),(ph,pw) = x.shape[-2:],patch
-    if h<ph or w<pw: raise ValueError(f"an image of {h}x{w} pixels is smaller than a patch of {ph}x{pw}: make the images larger")
+    if h<ph or w<pw:
+        raise ValueError(f"an image of {h}x{w} pixels is smaller than a patch of {ph}x{pw}: make the images larger")
     return x[...,:h//ph*ph,:w//pw*pw]
 
 def attention_maps(
@@ -386,7 +389,8 @@ def attention_maps(
     encoder = encoder_of(encoder)
     name = type(encoder).__name__
     full,prefix = last_attention(encoder, x, block),getattr(encoder, 'num_prefix_tokens', 1)
-    if query is None and not has_class_token(encoder): raise ValueError(f"{name} has no class token: pass query=(row, column) of a patch")
+    if query is None and not has_class_token(encoder):
+        raise ValueError(f"{name} has no class token: pass query=(row, column) of a patch")
     h,w = (s//p for s,p in zip(x.shape[-2:], patch_size(encoder)))
     if full.shape[-1]!=prefix+h*w:
         raise ValueError(f"the last block of this {name} attends over {full.shape[-1]} channels or windows, "
@@ -396,9 +400,9 @@ def attention_maps(
         raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/api/02_encoders.ipynb #fc46697d
+# %% ../nbs/api/02_encoders.ipynb #6582f125
 def _block_tokens(encoder, x, n_blocks):
-    "Compute the tokens of the last blocks after the encoder's `norm`, prefix tokens first, (bs, tokens, d) each; and the grid size"
+    "Compute the tokens (bs, tokens, d) of the last blocks after `norm`, prefix tokens first, and the grid size"
     if not has_tokens(encoder):
         raise ValueError(f"{type(encoder).__name__} has no patch tokens: "
                          "pass a timm vision transformer, such as vit_*, deit_* or eva*")
@@ -415,7 +419,7 @@ def vit_tokens(
     encoder:Learner|nn.Module, # timm vision transformer, or a Learner or model that contains one
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Number of last blocks
-)->tuple: # Class tokens (n_blocks, bs, d), the last block's last, or None; patch tokens of the last block (bs, H/patch, W/patch, d)
+)->tuple: # Class tokens (n_blocks, bs, d) or None; patch tokens of the last block (bs, H/patch, W/patch, d)
     "Compute tokens after the final norm layer"
     encoder = encoder_of(encoder)
     tokens,grid = _block_tokens(encoder, x, n_blocks)
@@ -426,7 +430,7 @@ def vit_features(
     encoder:Learner|nn.Module, # timm vision transformer, or a Learner or model that contains one
     x:Tensor, # Images (bs,C,H,W), normalised; H and W multiples of the patch size
     n_blocks:int=1 # Number of last blocks
-)->tuple: # Image features (n_blocks, bs, d), the last block's last; patch tokens of the last block (bs, H/patch, W/patch, d)
+)->tuple: # Image features (n_blocks, bs, d); patch tokens of the last block (bs, H/patch, W/patch, d)
     "Compute the image features after each of the last blocks, and patch tokens"
     encoder = encoder_of(encoder)
     tokens,grid = _block_tokens(encoder, x, n_blocks)

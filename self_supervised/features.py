@@ -55,14 +55,14 @@ def model_norm(
     "Create the function that normalises images for a model"
     return _Renorm(tuple(map(torch.as_tensor, stats)) if stats else norm_stats(model), dl_normalize(dl), bool(stats))
 
-# %% ../nbs/api/06_features.ipynb #c178c48b
+# %% ../nbs/api/06_features.ipynb #629cfa80
 def encode(
     encoder:nn.Module, # Module that maps images to (bs, n_features)
     x:Tensor, # Images (bs,C,H,W), normalised
-    n_blocks:int=1, # Number of last blocks whose features are concatenated, for a timm vision transformer; see `image_feature`
+    n_blocks:int=1, # Number of last blocks whose features are concatenated, for a timm vision transformer
     avgpool:bool=False, # Append the mean of the last block's patch tokens
-    interleave:bool=False, # Interleave class token and mean as in the paper's linear classifiers; for n_blocks=1, avgpool=True
-    tokens:str='image' # 'image': one feature per image; 'patch': patch tokens, (bs,h,w,d); 'all': class and patch tokens, (bs,1+h*w,d)
+    interleave:bool=False, # Interleave class token and mean, as the paper's classifiers; for n_blocks=1, avgpool=True
+    tokens:str='image' # 'image': image feature; 'patch': patch tokens (bs,h,w,d); 'all': class and patch tokens (bs,1+h*w,d)
 )->Tensor: # Features (bs, features), or tokens
     "Compute the features of a batch"
     if tokens not in ('image','patch','all'): raise ValueError(f"tokens={tokens!r}: pass 'image', 'patch' or 'all'")
@@ -106,7 +106,7 @@ def plain_dl(
     dl = dl.new(shuffle=False, drop_last=False)
     return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
-# %% ../nbs/api/06_features.ipynb #1bfe8e63
+# %% ../nbs/api/06_features.ipynb #36238ee1
 class _Rows:
     "Concatenate batches of rows in one tensor of `n` rows, or in a file"
     def __init__(self, n, file, dtype):
@@ -118,7 +118,8 @@ class _Rows:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 self.out = open(self.tmp, 'wb')                  # fails before the work, not after it
             except OSError as e:
-                raise OSError(f"{self.file} cannot be written ({e.strerror or e}): pass a file in a writable folder") from e
+                raise OSError(f"{self.file} cannot be written ({e.strerror or e}): "
+                              "pass a file in a writable folder") from e
 
     def add(self, x):
         x = x.to('cpu', ifnone(self.dtype, x.dtype)).contiguous()
@@ -135,7 +136,7 @@ class _Rows:
             self.buf[self.done:self.done+len(x)] = x
         self.done += len(x)
 
-    def _header(self, n):                                        # of fixed length: NumPy reserves space for the number of rows
+    def _header(self, n):    # of fixed length: NumPy reserves space for the number of rows
         self.out.seek(0)
         descr = np.lib.format.dtype_to_descr(torch.empty(0, dtype=self.dtype).numpy().dtype)
         np.lib.format.write_array_header_1_0(self.out, dict(descr=descr, fortran_order=False, shape=(n,*self.shape)))
@@ -170,7 +171,7 @@ def autocast_to(
 @delegates(encode)
 def extract_features(
     model:Learner|nn.Module, # Learner, model or encoder: see `encoder_of`
-    dl:DataLoader, # DataLoader of fastai or PyTorch, or any iterable of batches, with or without labels; see `image_batch`
+    dl:DataLoader, # DataLoader of fastai or PyTorch, or iterable of batches, with or without labels; see `image_batch`
     n_blocks:int=1, # Number of last blocks whose features are concatenated, for a timm vision transformer
     avgpool:bool=False, # Append the mean of the last block's patch tokens
     who:str='teacher', # Network to use: 'teacher' or 'student'
@@ -183,7 +184,8 @@ def extract_features(
 )->tuple: # Features (n, d) and targets (n,), on the CPU; targets are None if the batches have none
     "Extract the features of all images of a DataLoader, normalised as in training, on the device of the model"
     if file and Path(file).suffix!='.npy': raise ValueError(f"{file}: pass a name that ends in .npy")
-    if file and dtype==torch.bfloat16: raise ValueError("NumPy's files have no bfloat16: pass dtype=torch.float16 or torch.float32")
+    if file and dtype==torch.bfloat16:
+        raise ValueError("NumPy's files have no bfloat16: pass dtype=torch.float16 or torch.float32")
     if isinstance(dl, DataLoaders):
         raise ValueError(f"DataLoaders of {len(dl.loaders)} loaders: expected one loader: pass dls.train or dls.valid")
     enc = encoder_of(model, who)

@@ -31,7 +31,7 @@ def entropy(
     "Compute the mean entropy of distributions"
     return torch.special.entr(probs).sum(-1).mean()
 
-# %% ../nbs/api/04_objectives.ipynb #cf0bc8c9
+# %% ../nbs/api/04_objectives.ipynb #acc6dbb8
 def _n_views(n_student, n_target, large_crop_ids):
     n_large = len(large_crop_ids)
     bs,rest = divmod(n_target, n_large)
@@ -39,7 +39,8 @@ def _n_views(n_student, n_target, large_crop_ids):
         raise ValueError(f"{n_student} student rows and {n_target} teacher rows for large_crop_ids={tuple(large_crop_ids)}: "
                          "pass (n_crops*bs, K) and (len(large_crop_ids)*bs, K)")
     n = n_student//bs
-    if max(large_crop_ids)>=n: raise ValueError(f"large_crop_ids={tuple(large_crop_ids)} of {n} views: pass ids from 0 to {n-1}")
+    if max(large_crop_ids)>=n:
+        raise ValueError(f"large_crop_ids={tuple(large_crop_ids)} of {n} views: pass ids from 0 to {n-1}")
     if n<2: raise ValueError("one view cannot be compared with another view: pass at least two views")
     return n
 
@@ -79,7 +80,7 @@ class _PairLoss(torch.autograd.Function):
         return out,None,None,None,None
 
 def _mean_of_pairs(f, rows, target, tps, ids):
-    "Divide the sum of the autograd function `f` by the number of pairs; `rows`: arguments with gradients, the student's first"
+    "Divide the sum that `f` computes by the number of pairs; `rows`: arguments with gradients, the student's first"
     n = _n_views(len(rows[0]), len(target), ids)
     with _no_autocast(target):
         rows = [_wide(o) for o in rows]
@@ -102,7 +103,7 @@ def dino_loss(
     tpt:float=0.04, # Teacher temperature
     large_crop_ids:tuple=(0,1) # Indices of the student's crops that the teacher received
 )->Tensor: # Scalar: mean cross-entropy of the pairs, ln K for uniform student outputs
-    "Compute the cross-entropy between the teacher's global crops and all other views of the student (Caron et al. 2021, eq. 3)"
+    "Compute the cross-entropy of the teacher's global crops and the student's other views (Caron et al. 2021, eq. 3)"
     return pair_loss(student, teacher_probs(teacher, center, tpt), tps, large_crop_ids)
 
 # %% ../nbs/api/04_objectives.ipynb #608fc3db
@@ -203,7 +204,7 @@ def mse_pair_loss(
         probs = (_wide(student)/tps).softmax(-1)
         return mean_over_pairs(lambda p,t: (p-t).pow(2).sum(-1).mean(), probs, target.detach(), large_crop_ids)
 
-# %% ../nbs/api/04_objectives.ipynb #b389e37d
+# %% ../nbs/api/04_objectives.ipynb #e7b221af
 def _unit(x): return F.normalize(_wide(x), dim=-1)
 
 def byol_loss(
@@ -240,7 +241,7 @@ def simclr_loss(
     temp:float=0.1, # Temperature
     large_crop_ids:tuple=(0,1) # Indices of the crops that are paired with all others
 )->Tensor: # Scalar
-    "Contrast the other view of the same image with all views of the batch (NT-Xent; Chen et al. 2020, eq. 1), mean over pairs"
+    "Contrast views of the same image with those of other images (NT-Xent; Chen et al. 2020, eq. 1), mean over pairs"
     def nt_xent(a, b):
         z   = torch.cat([a,b])
         sim = (z@z.T/temp).fill_diagonal_(-math.inf)
@@ -262,7 +263,7 @@ def barlow_loss(
     def loss(a, b): return two(standard(a), standard(b))
     with _no_autocast(proj): return _mean_of_two(loss, proj, n_views, large_crop_ids)
 
-# %% ../nbs/api/04_objectives.ipynb #948476d3
+# %% ../nbs/api/04_objectives.ipynb #74b670c3
 def distill_loss(
     student:Tensor, # Projections of all views, (n_crops*bs, d), crop-major
     teacher:Tensor, # Features of the teacher's views, (n_large*bs, d), crop-major
@@ -270,7 +271,7 @@ def distill_loss(
     loss:str='cosine', # Loss: 'cosine', one minus the cosine similarity; or 'mse', the mean squared difference
     gather:Callable=noop # Function that gathers the rows of all ranks, such as `gather_rows`
 )->Tensor: # Scalar
-    "Compute the distance of projections from the teacher's features, standardised over the batch; mean over all pairs of views"
+    "Compute the distance of projections from features standardised over the batch, mean over all pairs of views"
     if loss not in ('cosine','mse'): raise ValueError(f"loss={loss!r}: pass 'cosine' or 'mse'")
     bs,rest = divmod(len(teacher), n_large)
     if rest or not bs or len(student)%bs:
@@ -285,7 +286,7 @@ def distill_loss(
             return 1-(_unit(s).unflatten(0, (-1,bs))*target).sum(-1).mean()
         return (s.unflatten(0, (-1,1,bs))-t.unflatten(0, (n_large,bs))).pow(2).mean()
 
-# %% ../nbs/api/04_objectives.ipynb #b51a4424
+# %% ../nbs/api/04_objectives.ipynb #b274c184
 def coding_rate(
     z:Tensor, # (n, d)
     eps:float=0.5 # Precision; directions of small variance count less if it is larger
@@ -330,7 +331,7 @@ class _EppsPulley(torch.autograd.Function):
         weights = normal*2*end/(knots-1)                         # trapezoidal rule, over both halves of the line
         weights[[0,-1]] /= 2
         waves = _EppsPulley.waves(x, end/(knots-1), knots)
-        means = torch.stack([torch.stack([c.mean(1),s.mean(1)]) for _,c,s in waves])             # (knots, 2, n_views, n_dirs)
+        means = torch.stack([torch.stack([c.mean(1),s.mean(1)]) for _,c,s in waves])    # (knots, 2, n_views, n_dirs)
         means[:,0] -= normal[:,None,None]
         ctx.save_for_backward(x, means*(t*weights)[:,None,None,None])
         ctx.step = end/(knots-1)
@@ -352,7 +353,7 @@ def sigreg(
     knots:int=17, # Number of points of the numerical integral
     end:float=3. # Upper limit of the integral
 )->Tensor: # Scalar, about 1 for m samples of a standard normal distribution, and of the order of m for identical rows
-    "Compute the Epps-Pulley distance from a standard normal distribution, mean over views and directions (Balestriero and LeCun 2025)"
+    "Compute the Epps-Pulley distance from a standard normal distribution (Balestriero and LeCun 2025)"
     return _EppsPulley.apply(z@F.normalize(dirs, dim=-1).T, knots, end)
 
 def lejepa_loss(
@@ -368,7 +369,7 @@ def lejepa_loss(
         agree = (z-z[list(large_crop_ids)].mean(0)).pow(2).mean()
         return (1-lam)*agree + lam*sigreg(z, dirs.to(z.dtype))
 
-# %% ../nbs/api/04_objectives.ipynb #100f1795
+# %% ../nbs/api/04_objectives.ipynb #f42e97aa
 def koleo(
     features:Tensor, # Features of one view per image, (n, d), n at least 2
     eps:float=1e-8 # Constant that keeps the logarithm finite for identical rows
@@ -385,7 +386,7 @@ def ibot_loss(
     mask:Tensor, # Masked patches of each image, bool, (n, patches)
     tps:float=0.1 # Student temperature
 )->Tensor: # Scalar
-    "Compute the cross-entropy of masked patches, mean per image and over images; 0 for unmasked images (Zhou et al. 2022, eq. 2)"
+    "Compute the cross-entropy of masked patches, mean per image and over images (Zhou et al. 2022, eq. 2)"
     with _no_autocast(student):
         z,t = _wide(student)/tps,target.detach()
         ce  = z.logsumexp(-1)*t.sum(-1) - (t*z).sum(-1)
@@ -402,11 +403,11 @@ def rankme(
     p  = sv/sv.sum() + eps
     return torch.exp(-(p*p.log()).sum())
 
-# %% ../nbs/api/04_objectives.ipynb #45c5aa82
+# %% ../nbs/api/04_objectives.ipynb #3a6127c2
 def alpha_req(
     features:Tensor, # Features (n, d)
     first:int=1, # First eigenvalue of the fit, counted from 1
-    last:int|None=None # Last eigenvalue of the fit; default: the last above 1e-6 of the largest, the limit of the precision
+    last:int|None=None # Last eigenvalue of the fit; default: the last above 1e-6 of the largest
 )->Tensor: # Scalar α; NaN for fewer than two eigenvalues
     "Fit the exponent of the power law of the covariance's eigenvalues (Agrawal et al. 2022)"
     if not features.isfinite().all(): return torch.tensor(math.nan, device=features.device)

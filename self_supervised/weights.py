@@ -19,20 +19,21 @@ from .encoders import *
 from .features import *
 from .checkpoints import *
 
-# %% ../nbs/api/08_weights.ipynb #44562e88
+# %% ../nbs/api/08_weights.ipynb #3c2304b9
 def _check_file(file):
     file = Path(file)
     if file.is_dir():
         inside = ', '.join(sorted(o.name for o in file.iterdir())[:5]) or 'model.safetensors'
         raise IsADirectoryError(f"{file} is a folder: pass a file inside, such as {inside}")
-    if not file.is_file(): raise FileNotFoundError(f"{file} does not exist: pass the path of a .pth, .ckpt or .safetensors file")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: pass the path of a .pth, .ckpt or .safetensors file")
     return file
 
 _harmless  = [argparse.Namespace, np.dtype, np.float64(0).__reduce__()[0]]
-_harmless += [type(np.dtype(o)) for o in ('f4','f8','i4','i8','?')]                   # fastai's optimizers keep NumPy's numbers
+_harmless += [type(np.dtype(o)) for o in ('f4','f8','i4','i8','?')]    # fastai's optimizers keep NumPy's numbers
 
 def _unpickle(file, trust):
-    "Load a file of `torch.save`: tensors, plain Python values, numbers and namespaces, and other objects only with `trust`"
+    "Load a file of `torch.save`: tensors, plain values, numbers and namespaces, and other objects only with `trust`"
     try:
         with torch.serialization.safe_globals(_harmless): o = torch.load(file, map_location='cpu', weights_only=not trust)
     except Exception as e:
@@ -40,7 +41,8 @@ def _unpickle(file, trust):
         names = re.findall(r'GLOBAL `?([\w.]+)', str(e))
         if not names and start[:2]==b'PK' and isinstance(e, pickle.UnpicklingError): names = ['more than tensors']
         if names:
-            raise ValueError(f"{file} holds {names[0]}, and opening it could run code: pass trust=True if you trust its author") from None
+            raise ValueError(f"{file} holds {names[0]}, and opening it could run code: "
+                             "pass trust=True if you trust its author") from None
         raise ValueError(f"{file} is neither safetensors nor a file of torch.save, or it is truncated "
                          f"({file.stat().st_size} bytes that start with {start}): download it again") from e
     if isinstance(o, Learner): o = o.model
@@ -78,12 +80,12 @@ def _read(file, trust=False):
     if {'mean','std'}<=set(meta): return flat, tuple(json.loads(meta[k]) for k in ('mean','std'))
     return flat, _image_stats(file, flat)
 
-# %% ../nbs/api/08_weights.ipynb #f098cf59
+# %% ../nbs/api/08_weights.ipynb #a5f56f66
 _outer  = ('state_dict.','model.','module.','_orig_mod.')
 _inner  = _outer + ('backbone.','encoder.','vit.','dinov2.','dinov2_with_registers.','dinov3_vit.')
-_owner  = re.compile(r'(student|teacher|momentum|state_dict_ema|model_ema)[._]')       # as in student_backbone, momentum_backbone
+_owner  = re.compile(r'(student|teacher|momentum|state_dict_ema|model_ema)[._]')    # as in student_backbone, momentum_backbone
 _center = ('C','center','dino_loss.center','criterion.center','dino_loss_func.center')
-_parts  = (('0.encoder.','1.'), ('backbone.','head.'), ('encoder.','head.'))           # of this library, and of other libraries
+_parts  = (('0.encoder.','1.'), ('backbone.','head.'), ('encoder.','head.'))    # of this library, and of other libraries
 
 def _strip(name, prefixes, wanted):
     while name not in wanted and (p := first(prefixes, name.startswith)): name = name[len(p):]
@@ -116,10 +118,10 @@ def _split(state, wanted):
     for e,h in _parts:
         if any(n.startswith(e) and n not in wanted for n in state): return _under(state, e),_under(state, h)
     other = lambda n: n not in wanted and (n.startswith(('head.mlp.','head.last_layer.')) or n in _center+('mean','std'))
-    head  = {n:t for n,t in _under(state, 'head.').items() if n.startswith(('mlp.','last_layer.'))}     # not a classifier
+    head  = {n:t for n,t in _under(state, 'head.').items() if n.startswith(('mlp.','last_layer.'))}    # not a classifier
     return {n:t for n,t in state.items() if not other(n)},head
 
-# %% ../nbs/api/08_weights.ipynb #b76883ff
+# %% ../nbs/api/08_weights.ipynb #521634fb
 _hf       = {'cls_token':'embeddings.cls_token', 'pos_embed':'embeddings.position_embeddings', 'norm':'layernorm',
              'patch_embed.proj':'embeddings.patch_embeddings.projection'}
 _hf_attn  = {'attn.proj':'attention.output.dense', 'attn.q':'attention.attention.query',
@@ -127,7 +129,8 @@ _hf_attn  = {'attn.proj':'attention.output.dense', 'attn.q':'attention.attention
 _hf_block = _hf_attn | {'norm1':'layernorm_before', 'norm2':'layernorm_after',
                         'mlp.fc1':'intermediate.dense', 'mlp.fc2':'output.dense'}
 _hf_scale = {f'ls{i}.gamma':f'layer_scale{i}.lambda1' for i in (1,2)}
-_hf_v5    = {f'attn.{o}':f'attention.{o}_proj' for o in 'qkv'} | {'attn.proj':'attention.o_proj'}    # in memory, and in files of DINOv3
+# names in memory, and in files of DINOv3
+_hf_v5    = {f'attn.{o}':f'attention.{o}_proj' for o in 'qkv'} | {'attn.proj':'attention.o_proj'}
 _same     = {o:o for o in ('norm1','norm2','mlp.fc1','mlp.fc2')}
 
 class _Layout:
@@ -179,7 +182,7 @@ def _joined(state, wanted):
     return state
 
 def _from_transformers(state, wanted):
-    "Rename the tensors of a ViT, DINOv2 or DINOv3 of transformers to timm's or to the published names; return others unchanged"
+    "Rename the tensors of transformers' ViT, DINOv2 or DINOv3 to timm's or to the published names; keep others"
     marks = [f'embeddings.patch_embeddings.{o}weight' for o in ('projection.','')]
     pre,three = first((n[:-len(m)],m==marks[1]) for n in state for m in marks if n.endswith(m) and n not in wanted) or (None,False)
     if pre is None: return state
@@ -188,8 +191,8 @@ def _from_transformers(state, wanted):
     if pre+'register_tokens' in res: res.setdefault(pre+'mask_token', torch.zeros(1))     # timm recognises DINOv2 by it
     return _joined(res, wanted)
 
-_children = [('0','conv1'), ('1','bn1')] + [(str(i+3),f'layer{i}') for i in range(1,5)]        # of nn.Sequential(*resnet.children())
-_no_part  = re.compile(r'(fc|head|head_dist|classifier|pooler)\.|mask_token$')                 # not needed by an encoder
+_children = [('0','conv1'), ('1','bn1')] + [(str(i+3),f'layer{i}') for i in range(1,5)]    # of nn.Sequential(*resnet.children())
+_no_part  = re.compile(r'(fc|head|head_dist|classifier|pooler)\.|mask_token$')    # not needed by an encoder
 
 def _encoder_state(state, enc, wanted):
     "Rename tensors to the names of the encoder `enc`"
@@ -211,9 +214,9 @@ def _by_timm(state, enc, wanted):
     args = [dict(state),enc][:len(inspect.signature(convert).parameters)]
     try:
         with redirect_stdout(io.StringIO()): new = convert(*args)
-    except Exception: return state                               # a conversion for other files: errors are reported below
+    except Exception: return state    # a conversion for other files: errors are reported below
     own = state | ({'pos_embed': state['pos_embed'][:,1:]} if 'register_tokens' in state else {})
-    new.update({n:own[n] for n in new if n in own and own[n].numel()!=new[n].numel()})     # timm resamples positions and patches
+    new.update({n:own[n] for n in new if n in own and own[n].numel()!=new[n].numel()})    # timm resamples positions and patches
     for n in [n for n in state if n.endswith('.attn.qkv.bias') and n not in new and n[:-8]+'q_bias' not in new]:
         q,_,v = state[n].chunk(3)
         if q.any() or v.any(): new[n] = state[n]                 # timm drops DINOv3's biases where the model has none
@@ -225,7 +228,7 @@ def _head_state(state, wanted):
     pairs = [('layers','mlp')] + [(f'last_layer.parametrizations.weight.original{i}',f'last_layer.weight_{o}') for i,o in enumerate('gv')]
     return {n if n in wanted else _renamed(n, pairs):t for n,t in state.items()}
 
-# %% ../nbs/api/08_weights.ipynb #868b0207
+# %% ../nbs/api/08_weights.ipynb #24e612e6
 def resample_pos_embed(
     pos:Tensor, # (1, prefix + side*side, d)
     grid:tuple, # Target grid: rows and columns of patches
@@ -235,7 +238,8 @@ def resample_pos_embed(
     n = pos.shape[1]-n_prefix
     side = math.isqrt(max(n,0))
     if n<1 or side*side!=n:
-        raise ValueError(f"{pos.shape[1]} position embeddings are not {n_prefix} and a square: there is no grid to resample")
+        raise ValueError(f"{pos.shape[1]} position embeddings are not {n_prefix} and a square: "
+                         "there is no grid to resample")
     if tuple(grid)==(side,side): return pos
     patches = pos[:,n_prefix:].float().unflatten(1, (side,side)).permute(0,3,1,2)
     patches = F.interpolate(patches, scale_factor=tuple((o+.1)/side for o in grid), mode='bicubic')
@@ -248,14 +252,14 @@ def _resampled(state, enc, wanted):
     if grid is None: return state
     return state | dict(pos_embed=resample_pos_embed(pos, grid, want.shape[1]-grid[0]*grid[1]))
 
-# %% ../nbs/api/08_weights.ipynb #f39095ac
+# %% ../nbs/api/08_weights.ipynb #3d6c6b32
 class _Fit:
     "Comparison of the tensors `state` with the tensors `wanted` of a module"
     def __init__(self, state, wanted):
         known = {n:t for n,t in state.items() if n in wanted}
         self.shapes  = {n:(tuple(t.shape),tuple(wanted[n].shape)) for n,t in known.items() if t.shape!=wanted[n].shape}
         self.fits    = {n:t for n,t in known.items() if n not in self.shapes}
-        self.missing = [n for n in wanted if n not in state and not n.endswith('num_batches_tracked')]      # old files lack this count
+        self.missing = [n for n in wanted if n not in state and not n.endswith('num_batches_tracked')]    # old files lack this count
         self.extra   = [n for n in state if n not in wanted]
         self.n       = len(wanted)
 
@@ -272,12 +276,14 @@ class _Fit:
         if not (self.fits or self.shapes): return "the file is of another kind of network, or its names are not known"
         for n,(a,b) in self.shapes.items():
             if len(a)!=4 or len(b)!=4 or a[0]!=b[0]: continue
-            if a[1]!=b[1]: return f"the file is for images of {a[1]} channels, the encoder for {b[1]}: create it with n_in={a[1]}"
+            if a[1]!=b[1]:
+                return f"the file is for images of {a[1]} channels, the encoder for {b[1]}: create it with n_in={a[1]}"
             if n=='patch_embed.proj.weight':
                 return f"the file has patches of {a[2]} pixels, the encoder of {b[2]}: create it with patch_size={a[2]}"
         if not (self.missing or self.extra):
             if set(self.shapes)=={'pos_embed'}: return "the file was made for another image size: pass resample=True"
-            if not self.fits: return "the file is of a network of the same kind and another width: create the encoder of the file"
+            if not self.fits:
+                return "the file is of a network of the same kind and another width: create the encoder of the file"
         if self.extra and all(n.endswith('.attn.qkv.bias') for n in self.extra):
             return "the file has biases of queries and values: create an encoder that has them, such as vit_small_patch16_dinov3_qkvb"
         no_classifier = self.missing and all(_no_part.match(n) for n in self.missing)
@@ -292,9 +298,9 @@ def _set_stats(m, encs, stats):
         e.pretrained_cfg = merge(getattr(e, 'pretrained_cfg', None) or {}, dict(mean=tuple(mean.tolist()), std=tuple(std.tolist())))
         if not {'mean','std'}&set(e.state_dict()): e.mean,e.std = mean,std
 
-# %% ../nbs/api/08_weights.ipynb #98ea2c1c
+# %% ../nbs/api/08_weights.ipynb #57d3227b
 def load_dino_weights(
-    model:Learner|nn.Module, # Learner, `DINOModel`, `nn.Sequential(MultiCropWrapper(enc), head)`, `MultiCropWrapper` or encoder
+    model:Learner|nn.Module, # Learner, model or encoder, see `encoder_of`
     file:str|Path, # File of weights (.pth, .ckpt, .safetensors, .bin), see the table above
     key:str='teacher', # Network to load into a model with one network: 'teacher' or 'student'
     strict:bool=True, # Raise an error if a tensor does not fit; False loads the others, with a warning
@@ -346,7 +352,7 @@ def _check(plan, file, strict):
     if some: advice += '; or pass strict=False to load only tensors that fit'
     raise ValueError(f"{file} does not fit the {name}: {fit}. Nothing was loaded: {advice}")
 
-# %% ../nbs/api/08_weights.ipynb #4042be34
+# %% ../nbs/api/08_weights.ipynb #63503b00
 _acts = {nn.GELU:'gelu', timm.layers.GELU:'gelu', timm.layers.GELUTanh:'gelu_pytorch_tanh', nn.ReLU:'relu'}
 
 def _layout_of(enc):
@@ -416,7 +422,7 @@ def _hf_state(enc, layout):
     "Rename and convert the tensors of an encoder to those of transformers"
     own,names,res = {n:t.detach().cpu() for n,t in enc.state_dict().items()},layout.name,{}
     d,n,gated = enc.embed_dim,enc.patch_embed.num_patches,isinstance(enc.blocks[0].mlp, timm.layers.GluMlp)
-    if layout is not _hf_dino3:                                  # timm may have no position for the class token, or one per register
+    if layout is not _hf_dino3:    # timm may have no position for the class token, or one per register
         pos = own['pos_embed']
         pre = F.pad(pos[:,:-n], (0,0,0,enc.num_prefix_tokens-(pos.shape[1]-n)))
         own['pos_embed'] = torch.cat([pre[:,:1], pos[:,-n:]], 1)
@@ -443,7 +449,7 @@ def _write_json(o, file):
     with atomic_path(file) as tmp: tmp.write_text(json.dumps(o, indent=2)+'\n', encoding='utf-8')
 
 def to_transformers(
-    learn_or_model:Learner|nn.Module, # Learner, model or encoder, see `encoder_of`: a plain timm vision transformer, DINOv2 or DINOv3
+    learn_or_model:Learner|nn.Module, # Learner, model or encoder: a plain timm vision transformer, DINOv2 or DINOv3
     folder:str|Path, # Folder to write
     who:str='teacher', # Network to use: 'teacher' or 'student'
     verbose:bool=True # Print how to load the file
