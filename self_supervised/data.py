@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from array import array
 import gc, io, json, numbers, stat, traceback
 
-# %% ../nbs/api/00_data.ipynb #281fbe4d
-_no_images = {'EPS','MPEG','BUFR','GRIB','HDF5','WMF'}           # run by Ghostscript, films, and formats without a reader
+# %% ../nbs/api/00_data.ipynb #a24be706
+_no_images = {'EPS','MPEG','BUFR','GRIB','HDF5','WMF'}    # run by Ghostscript, films, and formats without a reader
 
 def _formats():                                                  # not cached: a plugin may be registered at any time
     Image.init()
@@ -186,7 +186,7 @@ def image_tensor(
     if isinstance(o, (np.ndarray,Tensor)) and n_in not in (1,3): return _to_image(o).as_subclass(Tensor)
     return image2tensor(open_image(o, opener(n_in))).as_subclass(Tensor)
 
-# %% ../nbs/api/00_data.ipynb #42f52895
+# %% ../nbs/api/00_data.ipynb #c291e3d1
 class SquareCrop(Resize):
     "Resize the short side to `size` and cut a square: a random crop in training, the centre crop in validation"
     def __init__(self,
@@ -200,7 +200,7 @@ class SquareCrop(Resize):
 
     def encodes(self, x:Image.Image):
         "Crop and resize a Pillow image"
-        l,t,s = self._square(*x.size)                            # fastai's own square has 0 pixels for width 1 and size 49
+        l,t,s = self._square(*x.size)    # fastai's own square has 0 pixels for width 1 and size 49
         mode = self.mode_mask if isinstance(x, PILMask) else self.mode
         return x.crop_pad(s, fastuple(l,t), resize_mode=mode, resize_to=self.size)
 
@@ -236,7 +236,7 @@ def check_unit(
                          f"expected uint8, uint16, bool or floats in [0,1]: {advice}{also}")
     return x
 
-# %% ../nbs/api/00_data.ipynb #23294802
+# %% ../nbs/api/00_data.ipynb #932b9eb3
 _image_keys,_label_keys = ('image','img','pixel_values','x'),('label','labels','y','target')
 
 def _is_images(o): return isinstance(o, Tensor) and o.ndim==4
@@ -244,8 +244,10 @@ def _is_images(o): return isinstance(o, Tensor) and o.ndim==4
 def _kind(o):
     if isinstance(o, Tensor): return f"a tensor {tuple(o.shape)}"
     name = type(o).__name__
-    if isinstance(o, Mapping): return f"a dict of {', '.join(f'{k}: {_kind(v)}' for k,v in o.items())}" if o else "an empty dict"
-    if isinstance(o, (tuple,list)) and len(o)<9: return f"a {name} of {', '.join(map(_kind, o))}" if o else f"an empty {name}"
+    if isinstance(o, Mapping):
+        return f"a dict of {', '.join(f'{k}: {_kind(v)}' for k,v in o.items())}" if o else "an empty dict"
+    if isinstance(o, (tuple,list)) and len(o)<9:
+        return f"a {name} of {', '.join(map(_kind, o))}" if o else f"an empty {name}"
     return f"a {name}"
 
 def image_batch(
@@ -264,7 +266,7 @@ def image_batch(
     raise ValueError(f"a batch is {_kind(b)}: the loader must give a tensor of images (bs,C,H,W), a tuple or list with one, "
                      f"or a dict with one of the keys {', '.join(_image_keys)} (and one of {', '.join(_label_keys)} for labels)")
 
-# %% ../nbs/api/00_data.ipynb #293e0031
+# %% ../nbs/api/00_data.ipynb #e3a3e2ba
 class NoImages(list):
     "An empty data set"
     n_inp = 1
@@ -287,11 +289,12 @@ class _Batches:
 def _retain(res, b): return image_batch(res if isinstance(res, Mapping) else retain_types(res, b[0] if is_listy(b) else b))
 
 def _tuple_dl(dl):
-    if 'world_size' in getattr(dl, '__dict__', {}): _tuple_dl(dl.dl)           # fastai's wrapper for distributed training
+    if 'world_size' in getattr(dl, '__dict__', {}): _tuple_dl(dl.dl)    # fastai's wrapper for distributed training
     elif isinstance(dl, DataLoader):                                           # fastai's class
-        if not isinstance(dl.retain, MethodType) or isinstance(dl.dataset, (Datasets,ImageFiles,CachedImages,NoImages)): return dl
+        if not isinstance(dl.retain, MethodType) or isinstance(dl.dataset, (Datasets,ImageFiles,CachedImages,NoImages)):
+            return dl
         dl.retain = _retain
-        if not isinstance(vars(dl).get('_types', {}), dict): del dl._types,dl._n_inp       # found before, for batches without a tuple
+        if not isinstance(vars(dl).get('_types', {}), dict): del dl._types,dl._n_inp    # found before, for batches without a tuple
     elif isinstance(dl, torch.utils.data.DataLoader):
         if not isinstance(dl.collate_fn, _Collated):
             dl = copy(dl)
@@ -321,7 +324,7 @@ def n_images(
         raise ValueError(f"{kind} has no length, which the training schedules need: "
                          "give the data set a __len__ that returns the number of its images") from None
 
-# %% ../nbs/api/00_data.ipynb #0bc30450
+# %% ../nbs/api/00_data.ipynb #4a857d99
 class Paths(Sequence):
     "A list of paths, stored as one array of bytes"
     def __init__(self,
@@ -336,7 +339,7 @@ class Paths(Sequence):
             at.append(folders.setdefault(d, len(folders)))
         self.folders,self.idxs = list(folders),None
         arrays = (np.frombuffer(names, np.uint8),np.frombuffer(lens, np.int32).cumsum(dtype=np.int64),np.frombuffer(at, np.int32))
-        self.names,self.ends,self.at = map(torch.from_numpy, arrays)         # tensors: workers that are spawned share them
+        self.names,self.ends,self.at = map(torch.from_numpy, arrays)    # tensors: workers that are spawned share them
 
     def __len__(self): return len(self.at if self.idxs is None else self.idxs)
     def __getitem__(self, i):
@@ -417,9 +420,9 @@ def as_picture(
     "Convert images to one or three channels for plotting: other numbers of channels are averaged"
     return x if isinstance(x, Image.Image) or x.shape[-3] in (1,3) else to_unit(x).mean(-3, keepdim=True)
 
-# %% ../nbs/api/00_data.ipynb #128da406
+# %% ../nbs/api/00_data.ipynb #b3c0fad3
 _readable,_unresolved = -1,-2                                    # values of `dataset.replacement` that are not indices
-_max_tried = 100                                                 # more in succession: files or an open_fn of the wrong kind
+_max_tried = 100    # more in succession: files or an open_fn of the wrong kind
 
 def _stride(n):
     "Return a step that is coprime to `n`, so that it visits every file"
@@ -504,10 +507,10 @@ class ReadableDL(FilesDL):
                 yield b
         except Exception as e:
             self.report_bad(found=False)
-            traceback.clear_frames(e.__traceback__)              # otherwise the workers live until the next garbage collection
+            traceback.clear_frames(e.__traceback__)    # otherwise the workers live until the next garbage collection
             raise
 
-    def after_iter(self): self.report_bad()                      # in distributed training another loader iterates, and calls this
+    def after_iter(self): self.report_bad()    # in distributed training another loader iterates, and calls this
     def one_batch(self):
         b = super().one_batch()
         self.report_bad()
@@ -583,7 +586,7 @@ def as_in_validation(
 def _use_valid_tfms(dl):
     for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
 
-# %% ../nbs/api/00_data.ipynb #f10bbccb
+# %% ../nbs/api/00_data.ipynb #c01c84f1
 class _Open(Transform):
     "Open a file, or convert an image of any kind"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # read by fastai's `test_dl`
@@ -634,7 +637,7 @@ def _read_dl(ds, size, bs, **kwargs): return ReadableDL(ds, bs, after_item=[Squa
 
 def _n_workers(): return min(16, max(1, defaults.cpus//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-_skipped = {'__MACOSX','@eaDir','$RECYCLE.BIN','System Volume Information','lost+found','__pycache__'}         # written by other programs
+_skipped = {'__MACOSX','@eaDir','$RECYCLE.BIN','System Volume Information','lost+found','__pycache__'}    # written by other programs
 _not_read = {'.svg','.svgz','.heic','.heif','.hif','.avif','.jxl','.jp2','.webp','.eps','.ps','.ai','.wmf','.emf','.exr',
              '.hdr','.dcm','.dng','.cr2','.cr3','.nef','.arw','.orf','.rw2','.raf'}    # images that Pillow may not read
 _or_open_fn = ", or an open_fn for files of another kind"
@@ -697,10 +700,12 @@ def find_images(
     if not isinstance(src, (str,Path)): files,where = src if isinstance(src, Paths) else Paths(src),'the list'
     else:
         path = Path(src)
-        if not path.is_dir(): raise ValueError(f"{_shown(path)} is not a folder: pass a folder of images, or a list of files")
+        if not path.is_dir():
+            raise ValueError(f"{_shown(path)} is not a folder: pass a folder of images, or a list of files")
         files,where = list_images(path, any_kind),_shown(path)
     if not any_kind: _warn_few_levels(files)
-    if not files: raise ValueError(f"no images in {where} or below it: pass a folder with images such as .jpg or .png{also}")
+    if not files:
+        raise ValueError(f"no images in {where} or below it: pass a folder with images such as .jpg or .png{also}")
     return files
 
 # %% ../nbs/api/00_data.ipynb #470d46f7
@@ -717,14 +722,14 @@ def channel_stats(
                          "leave it out in your open_fn")
     return s[0].tolist(),std.tolist()
 
-# %% ../nbs/api/00_data.ipynb #770cd465
+# %% ../nbs/api/00_data.ipynb #de41d735
 def _memory_dls(cls, x, y, n, bs, holdout, device):
     if holdout not in ('test','valid',None): raise ValueError(f"holdout={holdout!r}: pass 'test', 'valid' or None")
     a,end = {'test': (n,len(x)), 'valid': (int(.8*n),n), None: (n,n)}[holdout]
     device  = ifnone(device, default_device())
     loaders = [TfmdDL(cls(x[:a],y[:a]), bs, shuffle=True, drop_last=True, num_workers=0, device=device),
                TfmdDL(cls(x[a:end],y[a:end]), 256, num_workers=0, device=device)]
-    for dl in loaders: dl._n_inp,dl._types = 1,{tuple: [TensorImage,TensorCategory]}                       # as in `FilesDL`
+    for dl in loaders: dl._n_inp,dl._types = 1,{tuple: [TensorImage,TensorCategory]}    # as in `FilesDL`
     return DataLoaders(*loaders, device=device)
 
 def _digits(size):
@@ -751,7 +756,7 @@ class DigitsDataset:
 def digits_dls(
     size:int=16, # Image size in pixels, upsampled from 8
     bs:int=64, # Batch size
-    holdout:str|None='test', # Images of the second loader: 'test', the last 30%; 'valid', the last fifth of the training images; None
+    holdout:str|None='test', # Second loader: 'test', the last 30%; 'valid', the last fifth of the training images; None
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
     "Load the built-in digits with their labels; choose settings with `holdout='valid'`, report with 'test'"
@@ -770,7 +775,7 @@ def digits_path(
         Image.fromarray((a*255).round().byte().numpy()).save(fn)
     return path
 
-# %% ../nbs/api/00_data.ipynb #9bd202bd
+# %% ../nbs/api/00_data.ipynb #0d9f6792
 _shapes = dict(                                                  # of coordinates, radius and the larger coordinate
     disc     = lambda u,v,r,m: r<.9,
     ring     = lambda u,v,r,m: (r<1)&(r>.6),
@@ -808,10 +813,10 @@ class ShapesDataset(DigitsDataset):
 def shapes_dls(
     size:int=16, # Image size in pixels
     bs:int=64, # Batch size
-    holdout:str|None='test', # Second loader: 'test', the last 1,200 of 4,000; 'valid', the last fifth of the training images; None
+    holdout:str|None='test', # Second loader: 'test', 1,200 of 4,000 images; 'valid', a fifth of the training images; None
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
-    "Generate ten kinds of synthetic shapes with their labels; choose settings with `holdout='valid'`, report with 'test'"
+    "Generate ten kinds of synthetic shapes with labels; choose settings with `holdout='valid'`, report with 'test'"
     return _memory_dls(ShapesDataset, *_draw_shapes(size), bs, holdout, device)
 
 # %% ../nbs/api/00_data.ipynb #d3957c61
@@ -839,7 +844,7 @@ class _ByClass:
         classes = [self.class_of(f) for f in items]
         return tuple(L(o.tolist()) for o in stratified_split(classes, self.valid_pct, self.seed))
 
-# %% ../nbs/api/00_data.ipynb #2d1acca8
+# %% ../nbs/api/00_data.ipynb #6c0460fa
 _parts = dict(train=('train','training'), test=('test','testing'), valid=('val','valid','validation','dev','eval','evaluation'))
 
 def _part(name): return first(k for k,names in _parts.items() if name.lower() in names)
@@ -851,7 +856,8 @@ class _ClassOf(Transform):
     def encodes(self, f:str|Path):
         root = first(r for r in self.roots if Path(f).is_relative_to(r))
         if root is None:
-            raise ValueError(f"{_shown(f)} is not in {' or '.join(map(str, self.roots))}: pass a file in a class folder there")
+            raise ValueError(f"{_shown(f)} is not in {' or '.join(map(str, self.roots))}: "
+                             "pass a file in a class folder there")
         return Path(f).relative_to(root).parts[0]
 
 class ToUnit(IntToFloatTensor):
@@ -878,13 +884,14 @@ def class_files(
     "List labelled files; this function alone decides which folders are classes and which are splits of the data set"
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{_shown(path)} is not a folder: pass one with train/ and test/ of class folders, or with class folders")
-    tree,n = defaultdict(lambda: defaultdict(list)),len(path.parts)            # folder -> its subfolder, or None -> files
+        raise ValueError(f"{_shown(path)} is not a folder: "
+                         "pass one with train/ and test/ of class folders, or with class folders")
+    tree,n = defaultdict(lambda: defaultdict(list)),len(path.parts)    # folder -> its subfolder, or None -> files
     for f in list_images(path, any_kind):
         p = f.parts[n:]
         if len(p)>1: tree[p[0]][p[1] if len(p)>2 else None].append(f)
     inner = {d: {c:fs for c,fs in sub.items() if c is not None} for d,sub in tree.items()}
-    parts = {k: [d for d in inner if _part(d)==k and inner[d]] for k in _parts}            # those with class folders in them
+    parts = {k: [d for d in inner if _part(d)==k and inner[d]] for k in _parts}    # those with class folders in them
     for ds in parts.values():
         if len(ds)>1: raise ValueError(f"{path} has both {ds[0]} and {ds[1]}: move their images into one of them")
     train,test,others = parts['train'],parts['test'] or parts['valid'],[d for d in tree if not _part(d)]
@@ -898,7 +905,8 @@ def class_files(
     else: classes = {'': {d: list(itertools.chain(*sub.values())) for d,sub in tree.items()}}
     a,b = (list(classes)[i] for i in (0,-1))
     if lost := set(classes[b])-set(classes[a]):
-        raise ValueError(f"{path/b} has the class {min(lost)!r}, which {path/a} has not: both need the same class folders")
+        raise ValueError(f"{path/b} has the class {min(lost)!r}, which {path/a} has not: "
+                         "both need the same class folders")
     if len(classes[a])<2:
         raise ValueError(f"{path} has {len(classes[a])} class folders with images: move the images of each class into its own "
                          f"folder, in {path} or in {path}/train and {path}/test")

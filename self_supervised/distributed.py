@@ -6,11 +6,11 @@
 __all__ = ['n_processes', 'sum_processes', 'gather_rows', 'joint_rows', 'gather_objects', 'shared_features', 'joint_len',
            'JointDL', 'joint_dls']
 
-# %% ../nbs/api/09_distributed.ipynb #881dfb5c
+# %% ../nbs/api/09_distributed.ipynb #8ba7af0d
 from fastai.vision.all import *
 import torch.distributed as dist
 try: from fastai.distributed import DistributedDL
-except NameError:                                                # fastai's module needs accelerate; a single process does not
+except NameError:    # fastai's module needs accelerate; a single process does not
     DistributedDL = TfmdDL
     @patch
     def distrib_ctx(self:Learner, *args, **kwargs): need_extra('learn.distrib_ctx', 'dist', 'accelerate')
@@ -70,11 +70,11 @@ def gather_objects(
     dist.all_gather_object(outs, o)
     return outs
 
-# %% ../nbs/api/09_distributed.ipynb #0d906257
+# %% ../nbs/api/09_distributed.ipynb #97c4b431
 @delegates(extract_features, but=['file'])
 def shared_features(
     model:Learner|nn.Module, # Learner, model or encoder: see `extract_features`
-    dl:DataLoader, # Loader of batches (x,) or (x,y); a fastai loader is divided among the ranks, any other is read in full by each
+    dl:DataLoader, # Batches (x,) or (x,y); a fastai loader is divided among the ranks, each rank reads all of any other
     **kwargs
 )->tuple: # Features and targets of all images, see `extract_features`
     "Extract the features of all images, a fraction of them on each rank"
@@ -86,7 +86,8 @@ def shared_features(
     dl.get_idxs = partial(noop, idxs)
     try: (f,y),failed = extract_features(model, dl, **kwargs),None
     except Exception as e: failed = e
-    errors = gather_objects(failed and f'{type(failed).__name__}: {first_line(failed)}')      # otherwise other ranks would wait for ever
+    # all ranks learn of an error, because otherwise they would wait for ever
+    errors = gather_objects(failed and f'{type(failed).__name__}: {first_line(failed)}')
     if any(errors):
         rank = [bool(o) for o in errors].index(True)
         e = failed or RuntimeError(f"features could not be computed on rank {rank} ({errors[rank]})")
@@ -100,7 +101,7 @@ def _device():
     "Return the device of collective operations"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/api/09_distributed.ipynb #8264b834
+# %% ../nbs/api/09_distributed.ipynb #58b02b74
 def joint_len(
     n:int, # Number of images
     bs:int, # Batch size per rank
@@ -131,7 +132,7 @@ class JointDL(DistributedDL):
     def get_idxs(self):
         idxs = np.asarray(self.dl.get_idxs())
         self.n = self.n_padded = len(idxs)
-        if not len(idxs): return idxs            # not collective: only a rank with a progress bar skips an empty validation
+        if not len(idxs): return idxs    # not collective: only a rank with a progress bar skips an empty validation
         if not self.drop_last: return super().get_idxs()
         idxs  = self._broadcast(idxs, 0)
         joint = self.bs*self.world_size

@@ -25,7 +25,7 @@ class WeightNormLinear(Module):
     def forward(self, x): return F.linear(x, self.weight)
     def extra_repr(self): return f'{self.n_in}, {self.n_out}, train_g={self.weight_g.requires_grad}'
 
-# %% ../nbs/api/03_heads.ipynb #2226811a
+# %% ../nbs/api/03_heads.ipynb #2b76f530
 def _hidden(dims, use_bn, act):
     return [l for i,o in zip(dims, dims[1:]) for l in [nn.Linear(i,o)] + ([nn.BatchNorm1d(o)] if use_bn else []) + [act()]]
 
@@ -44,8 +44,8 @@ class DINOHead(Module):
     def __init__(self,
         in_dim:int, # Number of features of the encoder
         out_dim:int, # Number of prototypes K: 65536 for a million images, 1024 for thousands
-        use_bn:bool=False, # Add BatchNorm after the hidden layers; on small data it prevents a loss that plateaus at ln K
-        norm_last_layer:bool=True, # L2-normalise the prototypes; False learns their norms, slightly better for a stable ViT-S
+        use_bn:bool=False, # Add BatchNorm after the hidden layers; prevents a plateau at ln K on small data
+        norm_last_layer:bool=True, # L2-normalise the prototypes; False learns their norms, better for a stable ViT-S
         nlayers:int=3, # Number of linear layers before the last layer
         hidden_dim:int=2048, # Dimension of the hidden layers
         bottleneck_dim:int|None=256, # Dimension of the L2-normalised bottleneck; None: no bottleneck
@@ -54,7 +54,7 @@ class DINOHead(Module):
         store_attr('in_dim,out_dim,bottleneck_dim')
         dims   = [in_dim]+[hidden_dim]*(nlayers-1)
         layers = _hidden(dims, use_bn, act)
-        if bottleneck_dim is not None: layers.append(nn.Linear(dims[-1], bottleneck_dim))    # with neither norm nor activation
+        if bottleneck_dim is not None: layers.append(nn.Linear(dims[-1], bottleneck_dim))    # no norm, no activation
         for l in layers:
             if isinstance(l, nn.Linear):
                 nn.init.trunc_normal_(l.weight, std=.02)

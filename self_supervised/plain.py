@@ -14,7 +14,7 @@ from enum import Enum
 import dataclasses, datetime, sys
 import timm.layers
 
-# %% ../nbs/api/00_plain.ipynb #5e3453b7
+# %% ../nbs/api/00_plain.ipynb #ec4e5da7
 _layer = '__layer__'
 
 def _layer_name(cls):
@@ -24,7 +24,8 @@ def _layer_name(cls):
 
 def _find_layer(name):
     module,_,cls = str(name).rpartition('.')
-    if not re.fullmatch(r'torch\.nn|torch\.nn\.modules\.\w+|timm\.layers(\.\w+)?|timm\.models\.\w+', module): return None
+    if not re.fullmatch(r'torch\.nn|torch\.nn\.modules\.\w+|timm\.layers(\.\w+)?|timm\.models\.\w+', module):
+        return None
     o = getattr(sys.modules.get(module), cls, None)              # a file cannot cause an import
     return o if isinstance(o, type) and issubclass(o, nn.Module) else None
 
@@ -60,7 +61,8 @@ def to_plain(
         return f"partial({', '.join([sub(o.func), *given])})"
     if callable(o) and hasattr(o, '__name__'): return _callable_name(o)
     if isinstance(o, (Namespace,SimpleNamespace)): return sub(vars(o))
-    if dataclasses.is_dataclass(o): return {f.name: sub(getattr(o, f.name), f'.{f.name}') for f in dataclasses.fields(o)}
+    if dataclasses.is_dataclass(o):
+        return {f.name: sub(getattr(o, f.name), f'.{f.name}') for f in dataclasses.fields(o)}
     if isinstance(o, Mapping): return {key(k): sub(v, f'[{k!r}]') for k,v in o.items()}
     if isinstance(o, (set,frozenset)): return sub(sorted(o, key=str))
     if isinstance(o, tuple) and tensors: return tuple(sub(v, f'[{i}]') for i,v in enumerate(o))

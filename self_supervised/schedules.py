@@ -68,7 +68,7 @@ def teacher_temp(
     e = round(warmup_pct*n_epoch)
     return end if e==0 else sched(start, end)(min(1., epoch/max(1,e-1)))
 
-# %% ../nbs/api/05_schedules.ipynb #f2638cdc
+# %% ../nbs/api/05_schedules.ipynb #f418aeef
 _small = dict(use_bn=True,  tpt_end=.04, tpt_warmup_pct=0., lr=2e-3, lr_min=1e-5, wd=(.04,.04))
 _large = dict(use_bn=False, tpt_end=.07, tpt_warmup_pct=.1, lr=5e-4, lr_min=1e-6, wd=(.04,.4))
 
@@ -87,10 +87,11 @@ def dino_defaults(
     n_params:int|None=None # Number of parameters of the encoder; None: a million or more
 )->AttrDict: # Arguments of `DINOHead`, `DINO` and `fit_dino`, by name
     "Choose DINO's hyperparameters from the number of images, the batch size and the number of epochs"
-    if min(n_images, bs, epochs)<1: raise ValueError(f"{n_images} images, batch {bs}, {epochs} epochs: all must be at least 1")
+    if min(n_images, bs, epochs)<1:
+        raise ValueError(f"{n_images} images, batch {bs}, {epochs} epochs: all must be at least 1")
     d = AttrDict(first(settings for n,settings in defaults_by_size.items() if n_images<n))
-    # With small data, encoders of 100 thousand parameters need 1e-2. With five million (ViT-Ti, 1,000 digits, 10 epochs, one seed)
-    # 20-NN accuracy was 40, 49 and 40 with 5e-4, 2e-3 and 1e-2.
+    # With small data, encoders of 100 thousand parameters need 1e-2. With five million (ViT-Ti, 1,000 digits,
+    # 10 epochs, one seed) 20-NN accuracy was 40, 49 and 40 with 5e-4, 2e-3 and 1e-2.
     if n_images<100_000 and (n_params or math.inf)<1_000_000: d.lr = 1e-2
     if epochs<100: d.update(tpt_end=.04, tpt_warmup_pct=0.)
     n_iter = max(1, n_images//bs)*epochs
@@ -98,7 +99,7 @@ def dino_defaults(
         out_dim = d.out_dim, use_bn = d.use_bn, hidden_dim = d.hidden_dim, bottleneck_dim = d.bottleneck_dim,
         # Learned norms of the prototypes gain little in long runs, and are less stable.
         norm_last_layer = True,
-        # The teacher averages over about 1/(1-m) iterations, which must be few in a short run: 0.98 for 300, 0.996 from 100,000.
+        # The teacher averages over about 1/(1-m) iterations, few in a short run: 0.98 for 300, 0.996 from 100,000.
         tmom_start = min(.996, 1 - .1*n_iter**-.28),
         tpt_start = .04, tpt_end = d.tpt_end, tpt_warmup_pct = d.tpt_warmup_pct,
         # The prototypes are frozen for one epoch, because early features are not informative.

@@ -125,7 +125,7 @@ def test_loaders_that_cannot_be_taken_are_said():
     two = lambda ds: DataLoaders(TD(ds, 8), TD(ds, 8), device='cpu')
     for dls,text in ((two(Stream()),'of a Stream does not say how many images it has'), (two(Items(lambda i: dict(a=i, name='b'))),r"a batch is a dict of a: a tensor \(8,\), name: a list of a str"),
                      (two(Items(lambda i: dict(image=x[i], img=x[i]))),'or a dict with one of the keys'), (two(Items(lambda i: x[i,0])),r'batches of shape \(8, 16, 16\), where images \(bs,C,H,W\)'),
-                     (two(Items(lambda i: x[i], n=0)),'gives no batch')):
+                     (two(Items(lambda i: x[i], n=0)),'has no batch')):
         with pytest.raises(ValueError, match=text): dino_learner(dls, 'convnet_mini', views(), out_dim=8)
     for dls,text in ((two(Stream()),'a __len__'), (two(Items(lambda i: x[i,0])),r'shape \(8, 16, 16\)')):
         learn = Learner(dls, dino_learner(dls_of(x), 'convnet_mini', views(), out_dim=8).model, loss_func=noop, cbs=DINO(views()))

@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_while_the_encoder_is_written_is_a_sentence(tmp_pat
     monkeypatch.setattr('self_supervised.checkpoints.save_file', full)
     assert run_command(dino_train, _quick('--out', tmp_path, '--epochs', 1))==2
     err = capsys.readouterr().err.strip().splitlines()[-1]
-    assert err.startswith('dino_train: ') and 'encoder.safetensors could not be written' in err and 'make room' in err
+    assert err.startswith('dino_train: ') and 'encoder.safetensors could not be written' in err and 'free disk space' in err
 
 @pytest.mark.parametrize('precision', ['fp32',pytest.param('fp16',marks=pytest.mark.slow)])
 def test_a_step_that_spans_two_epochs_is_resumed(tmp_path, precision):

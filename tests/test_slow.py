@@ -142,7 +142,8 @@ def test_random_arguments_never_give_a_traceback(tmp_path, capfd):
 
 def test_views_of_a_device_compile(monkeypatch):
     import self_supervised.augmentations as A
-    monkeypatch.setattr(A, '_way', lambda x: (False,torch.float32))
+    monkeypatch.setattr(A, '_per_image', lambda x: False)
+    monkeypatch.setattr(A, '_compute_dtype', lambda x: torch.float32)
     view,x = A.View(48, .2, 1., solarize_p=.3),torch.randint(0, 256, (16,3,64,56), dtype=torch.uint8)
     apply = torch.compile(view.apply, dynamic=True)
     with torch.no_grad():

@@ -39,7 +39,7 @@ def layer_lrs(
     n = len(learn.splitter(learn.model))
     return [lr*decay**(n-1-i) for i in range(n)]
 
-# %% ../../nbs/api/13_evaluation.finetune.ipynb #8f20c42b
+# %% ../../nbs/api/13_evaluation.finetune.ipynb #72f6a670
 class Classifier(nn.Sequential):
     "An encoder with normalisation and a linear layer, for images in [0,1]"
     def __init__(self,
@@ -138,7 +138,7 @@ def finetune_learner(
     elif stats is not None and not given:
         check_unit(x, ", for the classifier does so itself; or pass the statistics to normalise with, "
                       "stats=([0]*3,[1]*3) for images that are normalised already")
-    with says_what_fits(encoder_of(encoder, who), x): pass
+    with check_input(encoder_of(encoder, who), x): pass
     model = Classifier(deepcopy(encoder_of(encoder, who)), n_out, stats, ps, x.shape[1], tuple(x.shape[-2:]))
     for p in model.parameters(): p.requires_grad_(True)          # a teacher's are frozen
     kwargs = merge(dict(loss_func=loss, metrics=metrics), kwargs)
