@@ -13,10 +13,10 @@ from .knn import *
 from .linear import *
 from .lowshot import *
 
-# %% ../../nbs/api/18_evaluation.table.ipynb #a620a5ac
+# %% ../../nbs/api/18_evaluation.table.ipynb #95929d85
 def raw_pixels(
     dls:DataLoaders, # Images of one size
-    side:int=32 # Maximum image size in pixels; larger images are averaged down, because more pixels are slower and no better
+    side:int=32 # Maximum image size in pixels; larger images are averaged down
 )->nn.Module: # Maps images to pixels (bs, C*side*side)
     "Create the baseline encoder that returns raw pixels"
     return nn.Sequential(nn.AdaptiveAvgPool2d(min(side, dls.one_batch()[0].shape[-1])), nn.Flatten())
@@ -24,7 +24,7 @@ def raw_pixels(
 def _cell(scores): return f'{np.mean(scores):.1f}' + (f' ± {np.std(scores):.1f}' if len(scores)>1 else '')
 
 def probe_table(
-    models:dict, # From the name of a row to a model of `extract_features`, or to a tuple of it and 'teacher' or 'student'
+    models:dict, # From a row name to a model of `extract_features`, or to (model, 'teacher' or 'student')
     dls:DataLoaders, # Labelled: the first loader for training, the second for testing
     k:int=20, # Number of neighbours k
     draws:int=5, # Number of random subsets of labelled images
