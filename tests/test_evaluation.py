@@ -102,9 +102,9 @@ def test_segmentation(tmp_path, vit):
     (voc/'ImageSets'/'Segmentation'/'val.txt').write_text('\n'.join(f'2007_{i:06}' for i in range(3)))
     args = ('segmentation', '--encoder', vit, '--data', voc, '--size', 32)
     t = evaluate(tmp_path, *args).set_index('mask').Jaccard
-    assert np.isclose(t['no network: the whole image'], 100*256/(31*48), atol=.06)
+    assert np.isclose(t['whole image (no model)'], 100*256/(31*48), atol=.06)
     everywhere = evaluate(tmp_path, *args, '--keep', 1).set_index('mask').Jaccard
-    assert (everywhere==t['no network: the whole image']).all()
+    assert (everywhere==t['whole image (no model)']).all()
     pairs = evaluate(tmp_path, *args[:3], '--data', voc/'JPEGImages', '--masks', voc/'SegmentationClass', '--size', 32).set_index('mask').Jaccard
     assert (pairs==t).all()
     write_mask(torch.ones(8,8), voc/'SegmentationClass'/'2007_000001.png')
