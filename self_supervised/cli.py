@@ -70,7 +70,7 @@ def run_command(
         return 1 if isinstance(e, RunFailed) else 2
     return 0
 
-# %% ../nbs/api/50_cli.ipynb #29645b72
+# %% ../nbs/api/50_cli.ipynb #ab4ddf5b
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}         # the reference's names
 _opts  = dict(adamw=dino_opt, sgd=lambda p,lr,**kw: TorchOptim(p, torch.optim.SGD, lr=lr, momentum=.9),
               lars=lambda p,lr,**kw: TorchOptim(p, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001))
@@ -246,7 +246,7 @@ def dino_train(
         run_pictures(learn, out, labelled)
         if not no_report:
             table = run_table(learn, out, labelled, untrained)
-            if labelled: print(table.to_string())
+            if labelled: print(table.drop(columns='role').to_string())
     h = history_df(out/'history.csv').iloc[-1]
     print(f"{out}: {len(history_df(out/'history.csv'))} epochs, {took:.0f} s, loss {h.train_loss:.3f}" + (f", 20-NN {100*h.knn:.1f}" if 'knn' in h else f", RankMe {h.rankme:.1f}")
           + f"; the encoder is in {out/'encoder.safetensors'}" + ('' if no_report else f", and all of it in {out/'report.html'}"))
