@@ -101,15 +101,13 @@ def wrong(file):
 
 REST = ['nbs/guides/40_other_images.ipynb', 'nbs/guides/50_pretrained_weights.ipynb', 'nbs/experiments/50_ablation_digits.ipynb']       # still to be rewritten, with nbs/api and examples
 
-REWRITTEN = '''00_data 00_plain 01_augmentations 02_encoders 03_heads 04_objectives 05_schedules 06_features 07_checkpoints 08_weights 09_distributed 10_evaluation.knn 11_evaluation.linear 12_evaluation.lowshot 13_evaluation.finetune 14_evaluation.retrieval 23_prepare 29_callbacks 46_profiling 50_cli.core 51_cli.train 52_cli.evaluate 53_cli.prepare 54_cli.ablate 55_cli.explore 56_cli.report'''.split()      # notebooks of nbs/api
-    '10_evaluation.knn','11_evaluation.linear','12_evaluation.lowshot','13_evaluation.finetune','14_evaluation.retrieval',
-    '15_evaluation.copydetection',
-]
+PENDING = ['nbs/api/16_evaluation.video.ipynb', 'nbs/api/17_evaluation.segmentation.ipynb', 'nbs/api/18_evaluation.table.ipynb', 'nbs/api/19_evaluation.unlabelled.ipynb',
+           'nbs/api/40_plots.ipynb', 'nbs/api/43_explore.ipynb', 'nbs/api/44_widgets.ipynb', 'nbs/api/42_vision.continued.ipynb']
 
 def files():
     "Files whose texts are checked"
-    nbs = [f for d in ('guides','experiments') for f in sorted((root/'nbs'/d).glob('*.ipynb'))]
-    return [f for f in [root/'README.md', root/'CONTRIBUTING.md', *nbs, *(root/'nbs'/'api'/f'{n}.ipynb' for n in REWRITTEN)] if f.relative_to(root).as_posix() not in REST]
+    nbs = [f for d in ('api','guides','experiments') for f in sorted((root/'nbs'/d).glob('*.ipynb'))]
+    return [f for f in [root/'README.md', root/'CONTRIBUTING.md', *nbs] if f.relative_to(root).as_posix() not in REST+PENDING]
 
 @pytest.mark.parametrize('file', files(), ids=lambda f: f.relative_to(root).as_posix())
 def test_texts_are_plain_technical_english(file):

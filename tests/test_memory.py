@@ -37,4 +37,4 @@ def test_memory_of_the_patch_logits_is_counted():
     a,b = (step_memory(m, [16,16,8], 32)['logits'] for m in (plain,ibot))
     masked = 2*32*16*.5*.3                                       # global crops, images, patches, share of the crops, of their patches
     assert np.isclose(b-a, 7*64*masked*4/1e9, rtol=.01)
-    assert 'logits' in what_saves(ibot, [16,16,8], 32)
+    assert 'logits' in memory_advice(ibot, [16,16,8], 32)

@@ -68,7 +68,7 @@ def test_settings_of_any_kind_are_stored_and_compared(tmp_path):
     assert (args['c'],args['p'],args['a'],args['e'],args['t'],args['ns'],args['tup'])==('torch.nn.ReLU','partial(torch.nn.LayerNorm, eps=1e-06)',[0,1,2],'x','2:00:00',dict(b=1),[1,2])
     fit(small(), 2, tmp_path, resume=True, args=ODD)
     assert kept(tmp_path)['epoch']==2
-    with pytest.raises(ValueError, match='was run with other settings'): fit(small(), 3, tmp_path, resume=True, args=dict(ODD, a=np.arange(4)))
+    with pytest.raises(ValueError, match='contains a run with other settings'): fit(small(), 3, tmp_path, resume=True, args=dict(ODD, a=np.arange(4)))
     assert RunCheckpoint(tmp_path, args=argparse.Namespace(lr=slice(1,2))).run_args==dict(lr='slice(1, 2, None)')
     for bad in (object(), nn.ReLU(), b'x', [dict(a=1j)]):
         with pytest.raises(ValueError, match=r"args\['k'\].* is a .*, which cannot be read back from a file: pass numbers"): RunCheckpoint(tmp_path, args=dict(k=bad))
@@ -191,7 +191,7 @@ class Fails(Monitor):
 @pytest.mark.parametrize('event,e,cause', [('train',ValueError('no such image'),'(no such image)'), ('batch',AssertionError(),'(AssertionError)')], ids=['train','batch'])
 def test_a_monitor_that_fails_does_not_cost_the_epoch(tmp_path, event, e, cause):
     learn = small(cbs=Fails(event, e))
-    with pytest.warns(UserWarning, match='epoch 1: fails failed .*its column is left out of this epoch, and training goes on'): fit(learn, 3, tmp_path)
+    with pytest.warns(UserWarning, match='epoch 1: fails failed .*its column is NaN, training continues'): fit(learn, 3, tmp_path)
     h = pd.read_csv(tmp_path/'history.csv')
     assert kept(tmp_path)['epoch']==3 and list(h.fails.notna())==[True,False,True]
     said = [o for o in read_messages(tmp_path) if o['sign']=='failed']
@@ -231,10 +231,10 @@ def lrs(learn): return np.array(learn.recorder.lrs)
 def test_more_epochs_than_planned_are_said_and_may_hold(tmp_path):
     fit(small(), 3, tmp_path/'a')
     for o in 'bcd': shutil.copytree(tmp_path/'a', tmp_path/o)
-    with pytest.warns(UserWarning, match=r"planned for 3 epochs, and this one has 6: the schedule is planned anew, and the learning rate goes from [\d.e-]+ to [\d.e-]+; RunCheckpoint\(more_epochs='hold'\), dino_train --more-epochs hold"):
+    with pytest.warns(UserWarning, match=r"planned for 3 epochs, this run has 6: the schedule is computed again, and the learning rate changes from [\d.e-]+ to [\d.e-]+; .*RunCheckpoint\(more_epochs='hold'\) or --more-epochs hold"):
         anew = fit(small(), 6, tmp_path/'b', resume=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings('error', message='.*planned anew')
+        warnings.filterwarnings('error', message='.*computed again')
         held = fit(small(), 6, tmp_path/'c', resume=True, more_epochs='hold')
         assert kept(tmp_path/'c')['planned']==3 and kept(tmp_path/'b')['planned']==6
         more = fit(small(), 7, tmp_path/'c', resume=True, more_epochs='hold')
@@ -249,15 +249,19 @@ def test_a_run_that_is_held_within_its_plan_keeps_to_it(tmp_path):
     held = fit(small(), 6, tmp_path, resume=True, more_epochs='hold')
     assert np.allclose(lrs(held)[:6], lrs(whole)[6:], rtol=1e-5) and np.allclose(lrs(held)[6:], dino_defaults(N, BS, 4).lr_min, rtol=1e-5)
 
-def test_signs_of_collapse_are_counted_on_after_a_resume(tmp_path):
+@pytest.mark.parametrize('key', ['sign_epochs','seen'])          # of the counter in the checkpoint; 'seen' in version 0.1
+def test_signs_of_collapse_are_counted_on_after_a_resume(tmp_path, key):
     def make(seed): return small(seed, tpt_start=1., tpt_end=1.)
     learn = make(0)
     learn.collapse_monitor.patience = 3
     with pytest.raises(KeyboardInterrupt): fit(learn, 4, tmp_path, EndAfter(150, exc=KeyboardInterrupt))
-    assert kept(tmp_path)['callbacks']['collapse_monitor']['seen']=={'uniform':2} and not learn.collapse_monitor.messages
+    assert kept(tmp_path)['callbacks']['collapse_monitor']['sign_epochs']=={'uniform':2} and not learn.collapse_monitor.messages
+    state = kept(tmp_path)
+    state['callbacks']['collapse_monitor'] = {key: state['callbacks']['collapse_monitor']['sign_epochs']}
+    torch.save(state, tmp_path/'checkpoint.pth')
     other = make(1)
     other.collapse_monitor.patience = 3
-    with pytest.warns(UserWarning, match='uniform collapse.*Crops that share nothing'): fit(other, 4, tmp_path, resume=True)
+    with pytest.warns(UserWarning, match='Uniform collapse.*Crops without common content'): fit(other, 4, tmp_path, resume=True)
     assert other.collapse_monitor.messages[0].epoch==2
 
 # the table of a run
