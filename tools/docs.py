@@ -188,7 +188,9 @@ def load(file):
 
 def exported(c, mod):
     "An exported cell: the entries of its symbols, and its source to unfold; nothing of one that only imports"
-    def shows_nothing(o): return isinstance(o, (ast.Import,ast.ImportFrom)) or isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '')=='_all_'
+    def shows_nothing(o):
+        if isinstance(o, ast.Assign): return getattr(o.targets[0], 'id', '')=='_all_'
+        return isinstance(o, (ast.Import,ast.ImportFrom)) or ast.unparse(o).startswith('warnings.filterwarnings(')
     if all(map(shows_nothing, ast.parse(c.source).body)): return []
     src = textwrap.indent(f'```python\n{c.source}\n```', ' '*4)
     return [entry(s, mod) for s in symbols(c.source, mod)] + [f'??? source "Source"\n\n{src}']
