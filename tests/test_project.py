@@ -54,10 +54,13 @@ def test_rooms_import_rooms_of_lower_numbers_only():
                 assert order[name.removeprefix('self_supervised.')]<n, f'{mod} imports {name}'
 
 def test_every_notebook_is_a_page():
+    "A title for readers and one sentence; the site adds the name of the module"
+    titles = {}
     for p in nbs:
-        cells = json.loads(p.read_text())['cells']
-        head = ''.join(cells[0]['source'])
-        assert re.match(r'# .+\n\n> \S', head), p.name
+        m = re.match(r'# (\S.*)\n\n> \S', ''.join(json.loads(p.read_text())['cells'][0]['source']))
+        assert m, p.name
+        titles[p.relative_to(root).as_posix()] = m[1]
+    assert [(p,t) for p,t in titles.items() if list(titles.values()).count(t)>1]==[]
 
 def test_imports_stand_in_cells_of_their_own():
     "nbdev-docs runs every cell that imports, and of the others only the exported ones"

@@ -77,7 +77,7 @@ def look(browser, file, size):
 @pytest.mark.parametrize('name,n,says', [
     ('labelled',   5, ['All 2 epochs are done','20-NN','raw pixels','the same network, untrained','DINO, teacher','DINO, student','1 image files could not be read','<img src=x onerror=alert(1)>.png','dino_train','timm.create_model','torch']),
     ('unlabelled', 4, ['Its only epoch is done','Without labels, on','RankMe','vit_mini_patch4_16']),
-    ('resumed',    2, ['All 3 epochs are done','stopped and resumed','unknown','The run directory contains no figures','No evaluation was run'])])
+    ('resumed',    2, ['All 3 epochs are done','stopped and resumed','unknown','The folder of the run holds no pictures','Nothing was measured'])])
 def test_a_page_in_a_browser(browser, runs, name, n, says, size):
     file = runs/name/'report.html'
     if not file.exists(): write_report(runs/name)
@@ -97,7 +97,7 @@ def test_several_on_one_page(browser, runs, tmp_path):
     for size in (WIDE,PHONE):
         wrong,text,images = look(browser, out, size)
         assert wrong==[] and images>=10
-        for o in ('3 runs compared',evil.name,'Differences','network','different losses','Without labels','20-NN'): assert o in text, o
+        for o in ('3 runs compared',evil.name,'What differs','network','different losses','Without labels','20-NN'): assert o in text, o
 
 def test_the_browser_sees_what_is_wrong(browser, tmp_path):
     (tmp_path/'bad.html').write_text('<img src="none.png"><div style="width:2000px">wide</div><script>console.log("oh"); alert("me")</script>')

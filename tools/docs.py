@@ -208,11 +208,6 @@ def result(o, file, alt):
 
 def callout(m): return f'!!! {m[1]}\n\n' + textwrap.indent(m[2].strip(), ' '*4)
 
-def subtitled(src, mod):
-    "The first cell of a page, with the name of its module below the title"
-    title,_,rest = src.partition('\n')
-    return f'{title}\n\n<p class="module"><code>{mod.__name__}</code></p>\n{rest}'
-
 def markdown(page, links, docs):
     "A page as Markdown, its pictures written to `docs`"
     res,head,file = [],'',docs/page.path
@@ -220,7 +215,6 @@ def markdown(page, links, docs):
         d = c.directives_
         if c.cell_type=='markdown':
             head = (re.findall(r'^#+ (.+)$', c.source, re.M) or [head])[-1].replace('`', '')
-            if i==0 and page.mod: c.source = subtitled(c.source, page.mod)
             res.append(re.sub(r'^::: *\{\.callout-(\w+)[^\n]*\}\n(.*?)\n:::$', callout, links(c.source, page), flags=re.M|re.S))
         elif 'exporti' in d: continue                           # internal names
         elif 'export' in d: res += [links(t, page) for t in exported(c, page.mod)]
