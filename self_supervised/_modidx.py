@@ -839,7 +839,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'self_supervised/explore.py'),
                                          'self_supervised.explore._Squares.__len__': ( 'api/explore.html#_squares.__len__',
                                                                                        'self_supervised/explore.py'),
-                                         'self_supervised.explore._columns': ('api/explore.html#_columns', 'self_supervised/explore.py'),
                                          'self_supervised.explore._named': ('api/explore.html#_named', 'self_supervised/explore.py'),
                                          'self_supervised.explore._nearest': ('api/explore.html#_nearest', 'self_supervised/explore.py'),
                                          'self_supervised.explore._no_pil_warnings': ( 'api/explore.html#_no_pil_warnings',
