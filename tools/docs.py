@@ -216,9 +216,8 @@ def markdown(page, links, docs):
         if c.cell_type=='markdown':
             head = (re.findall(r'^#+ (.+)$', c.source, re.M) or [head])[-1].replace('`', '')
             res.append(re.sub(r'^::: *\{\.callout-(\w+)[^\n]*\}\n(.*?)\n:::$', callout, links(c.source, page), flags=re.M|re.S))
-        elif 'exporti' in d: continue                           # internal names
         elif 'export' in d: res += [links(t, page) for t in exported(c, page.mod)]
-        elif c.cell_type=='code' and 'default_exp' not in d:
+        elif c.cell_type=='code' and not {'default_exp','exporti'} & d.keys():
             if d.get('echo')!='false': res.append(f'```python\n{c.source.strip()}\n```')
             if d.get('output')!='false': res += [result(o, file.parent/'img'/f'{file.stem}-{i}-{j}.png', d.get('fig-alt', head)) for j,o in enumerate(c.outputs)]
     return '\n\n'.join(r for r in res if r) + '\n'
