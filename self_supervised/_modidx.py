@@ -274,6 +274,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'self_supervised/cli/train.py'),
                                            'self_supervised.cli.train._command': ( 'api/cli.train.html#_command',
                                                                                    'self_supervised/cli/train.py'),
+                                           'self_supervised.cli.train._counted': ( 'api/cli.train.html#_counted',
+                                                                                   'self_supervised/cli/train.py'),
                                            'self_supervised.cli.train._defaults': ( 'api/cli.train.html#_defaults',
                                                                                     'self_supervised/cli/train.py'),
                                            'self_supervised.cli.train._given': ( 'api/cli.train.html#_given',

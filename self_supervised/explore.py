@@ -393,7 +393,7 @@ def show_map(
     ax.set(xlim=(-h,1+h), ylim=(-h,1+h), aspect='equal')
     return ax
 
-# %% ../nbs/api/43_explore.ipynb #99261d3f
+# %% ../nbs/api/43_explore.ipynb #cb7c2b69
 class _Sources:
     "Thumbnails as data URLs; an empty one for a file that cannot be opened any more"
     def __init__(self, folder, size, open_fn): self.images,self.made = Thumbnails(folder, size, open_fn),{}
@@ -443,4 +443,5 @@ def explore_page(
     env = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader('self_supervised'))
     return env.get_template('explore.jinja').render(
         title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}),
-        k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn), **_page_facts(feats, queries, n_clusters, threshold, k, n_map, seed))
+        k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn),
+        **_page_facts(feats, queries, n_clusters, threshold, k, n_map, seed))

@@ -62,11 +62,6 @@ def test_every_exported_name_has_its_entry(pages, notebooks):
             assert head is not None and head.name=='h3' and head.code.text==name, f'{nb.path}: {name}'
             if inspect.isfunction(o): assert head.find_next_sibling().code.text.startswith(name.split('.')[-1]+(' ' if hasattr(o, 'groups') else '(')), name
 
-def test_the_module_stands_below_the_title(pages, notebooks):
-    for nb in notebooks:
-        below = pages[page_of(nb)].article.h1.find_next_sibling()
-        assert (below.text==nb.mod.__name__) if nb.mod else 'module' not in below.get('class', []), nb.path
-
 def test_an_entry_says_what_the_code_says(pages):
     def table(page, name):
         rows = pages[page].find(id=name).find_next('table').find_all('tr')

@@ -189,7 +189,9 @@ def load(file):
 
 def exported(c, mod):
     "An exported cell: the entries of its symbols, and its source to unfold; nothing of one that only imports"
-    def shows_nothing(o): return isinstance(o, (ast.Import,ast.ImportFrom)) or isinstance(o, ast.Assign) and getattr(o.targets[0], 'id', '')=='_all_'
+    def shows_nothing(o):
+        if isinstance(o, ast.Assign): return getattr(o.targets[0], 'id', '')=='_all_'
+        return isinstance(o, (ast.Import,ast.ImportFrom)) or ast.unparse(o).startswith('warnings.filterwarnings(')
     if all(map(shows_nothing, ast.parse(c.source).body)): return []
     src = textwrap.indent(f'```python\n{c.source}\n```', ' '*4)
     return [entry(s, mod) for s in symbols(c.source, mod)] + [f'??? source "Source"\n\n{src}']
@@ -222,7 +224,7 @@ def markdown(page, links, docs):
             res.append(subtitled(md, page.mod) if page.mod and i==0 else md)
         elif 'exporti' in d: continue                           # internal names
         elif 'export' in d: res += [links(t, page) for t in exported(c, page.mod)]
-        elif c.cell_type=='code' and 'default_exp' not in d:
+        elif c.cell_type=='code' and not {'default_exp','exporti'} & d.keys():
             if d.get('echo')!='false': res.append(f'```python\n{c.source.strip()}\n```')
             if d.get('output')!='false': res += [result(o, file.parent/'img'/f'{file.stem}-{i}-{j}.png', d.get('fig-alt', head)) for j,o in enumerate(c.outputs)]
     return '\n\n'.join(r for r in res if r) + '\n'

@@ -264,7 +264,7 @@ def _untrained(learn):
     enc.mean,enc.std = learn.model.mean,learn.model.std
     return enc
 
-# %% ../../nbs/api/51_cli.train.ipynb #bdf203e9
+# %% ../../nbs/api/51_cli.train.ipynb #8ef72636
 # options that may differ between a run and its continuation
 _may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq',
                'max_hours','compile','grad_checkpointing','chunked_loss','no_report')
@@ -273,6 +273,8 @@ def _use_own_device(cfg):
     "Use the device of this rank"
     rank = int(os.environ.get('LOCAL_RANK', 0))
     if cfg.n_proc>1 and torch.accelerator.is_available(): torch.accelerator.set_device_index(rank)
+
+def _counted(n, one, many=None): return f"{n} {one if n==1 else many or one+'s'}"
 
 def _n_prototypes(learn): return learn.model.C.shape[1] if hasattr(learn.model, 'C') else None
 
@@ -285,7 +287,7 @@ def _announce(cfg, learn):
     ranks = f' on each of {cfg.n_proc} ranks' if cfg.n_proc>1 else ''
     k     = _n_prototypes(learn)
     print(f"{cfg.arch}, {size:.2f} million parameters, on {n} images: "
-          f"{cfg.epochs} epochs of {steps} batches of {cfg.bs}{ranks}, "
+          f"{_counted(cfg.epochs, 'epoch')} of {_counted(steps, 'batch', 'batches')} of {cfg.bs}{ranks}, "
           f"{cb.n_views} crops per image, {type(cb).__name__ if k is None else f'K={k}'}, on {learn.dls.device}")
 
 def _run_callbacks(cfg, learn, notes):
@@ -314,7 +316,7 @@ def _train(cfg, learn, cbs):
     if any(m.sign=='nan' for m in learn.collapse_monitor.messages):
         raise RunFailed("the loss is not a number; see the advice above")
 
-# %% ../../nbs/api/51_cli.train.ipynb #6b07a17e
+# %% ../../nbs/api/51_cli.train.ipynb #86f81186
 @contextmanager
 def _reported(cfg, notes):
     "Note how a run ends, and write its report"
@@ -341,7 +343,7 @@ def _save_results(cfg, learn, labelled, untrained):
     run_pictures(learn, cfg.out, labelled)
     if cfg.no_report: return
     table = run_table(learn, cfg.out, labelled, untrained)
-    if labelled: print(table.to_string())
+    if labelled: print(table.drop(columns='role', errors='ignore').to_string())
 
 def _summary(cfg, seconds):
     "Last line of the output: final metrics and the files to use"
@@ -350,7 +352,7 @@ def _summary(cfg, seconds):
     metric = f"20-NN {100*h.knn:.1f}" if 'knn' in h else f"RankMe {h.rankme:.1f}"
     files  = f"encoder: {cfg.out/'encoder.safetensors'}"
     if not cfg.no_report: files += f"; report: {cfg.out/'report.html'}"
-    return f"{cfg.out}: {len(df)} epochs, {seconds:.0f} s, loss {h.train_loss:.3f}, {metric}; {files}"
+    return f"{cfg.out}: {_counted(len(df), 'epoch')}, {seconds:.0f} s, loss {h.train_loss:.3f}, {metric}; {files}"
 
 def _defaults(): return {k:p.default for k,p in inspect.signature(dino_train).parameters.items()}
 
