@@ -16,7 +16,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #98b85aef
+# %% ../nbs/api/21_runs.ipynb #985d1209
 class _AtEpochEnd(Callback):
     "Call `epoch_done` once per trained epoch, even if another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -207,15 +207,14 @@ class RunCheckpoint(_AtEpochEnd):
     def _sums(self):
         "What callbacks of this rank accumulated for an incomplete step; gradients are the same on all ranks"
         if not self._accumulation(): return {}
-        cbs = [c for c in self.learn.cbs if getattr(c, 'carried', ())]
-        return {c.name: {k: to_cpu(getattr(c, k)) for k in c.carried} for c in cbs}
+        return {c.name: to_cpu(c.accumulated) for c in self.learn.cbs if getattr(c, 'accumulated', None)}
 
     def _resume_accumulation(self, count, grads, sums):
         first(self.learn.cbs, lambda c: isinstance(c, GradientAccumulation)).count = count
         params = list(get_model(self.model).parameters())
         for p,g in zip(params, grads): p.grad = None if g is None else g.to(p.device)
         for name,values in sums[rank_distrib()].items():
-            for k,v in values.items(): setattr(getattr(self.learn, name), k, to_device(v, params[0].device))
+            getattr(self.learn, name).resume_accumulated(to_device(values, params[0].device))
 
     # epochs
 

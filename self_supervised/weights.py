@@ -252,7 +252,7 @@ def _resampled(state, enc, wanted):
     if grid is None: return state
     return state | dict(pos_embed=resample_pos_embed(pos, grid, want.shape[1]-grid[0]*grid[1]))
 
-# %% ../nbs/api/08_weights.ipynb #3d6c6b32
+# %% ../nbs/api/08_weights.ipynb #8a549c94
 class _Fit:
     "Comparison of the tensors `state` with the tensors `wanted` of a module"
     def __init__(self, state, wanted):
@@ -296,7 +296,7 @@ def _set_stats(m, encs, stats):
     if hasattr(m, 'set_stats'): m.set_stats(mean, std)
     for e in encs:
         e.pretrained_cfg = merge(getattr(e, 'pretrained_cfg', None) or {}, dict(mean=tuple(mean.tolist()), std=tuple(std.tolist())))
-        if not {'mean','std'}&set(e.state_dict()): e.mean,e.std = mean,std
+        set_encoder_stats(e, mean, std)
 
 # %% ../nbs/api/08_weights.ipynb #57d3227b
 def load_dino_weights(

@@ -46,7 +46,7 @@ def test_a_step_of_two_batches_is_one_of_their_sum_for_a_teacher():
     "The teacher and the queue move once a real step"
     learn = learner('moco', cbs=GradientAccumulation(128))
     with quiet(learn): learn.pretrain(1)
-    assert int(learn.model.queue.seen)==2*128 and learn.moco.keys==[]
+    assert int(learn.model.queue.seen)==2*128 and learn.moco.accumulated=={}
 
 PROCESSES = """
 from self_supervised.lab import methods

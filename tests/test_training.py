@@ -19,7 +19,7 @@ def test_accumulated_batches_equal_one_large_batch():
         learn = learner(16, bs, GradientAccumulation(acc) if acc else None, tmom_start=.9, tmom_end=.9, opt_func=partial(OptimWrapper, opt=torch.optim.SGD), clip=None)
         with quiet(learn): learn.fit(2, .1)
         states.append(state(learn.model))
-        assert learn.dino.out_n==0
+        assert learn.dino.accumulated=={}
     for s in states[1:]:
         for k,v in s.items(): np.testing.assert_allclose(v, states[0][k], rtol=1e-10, atol=1e-12, err_msg=k)
 
@@ -45,7 +45,7 @@ class SkipSome(SkipAll):
 def test_a_step_after_a_skipped_one_is_a_step_again():
     learn = learner(tmom_start=.5)
     with quiet(learn): learn.fit(1, cbs=SkipSome())
-    assert not learn.dino.skipped and learn.dino.out_n==0
+    assert not learn.dino.skipped and learn.dino.accumulated=={}
     assert torch.equal(learn.model.C!=0, torch.ones_like(learn.model.C, dtype=torch.bool))
 
 @pytest.mark.parametrize('precision', ['bf16','fp16'])

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/32_vision.byol.ipynb #9029d45b
+# %% ../../nbs/api/32_vision.byol.ipynb #08b2ec36
 @delegates(get_dino_aug_pipelines)
 def get_byol_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and local crops
@@ -42,7 +42,7 @@ class BYOL(TeacherStudent):
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
         return AttrDict(merge(d, dict(out_dim=64, hidden_dim=512) if n_images<20_000 else dict(out_dim=256, hidden_dim=4096, wd=(.05,.05))))
-    def lf(self, pred, *yb): return byol_loss(pred, torch.cat(yb[0]), self.large_crop_ids)
+    def objective(self, batch): return byol_loss(batch.out, batch.teacher_out, self.large_crop_ids)
 
 @delegates(method_learner, keep=True)
 def byol_learner(

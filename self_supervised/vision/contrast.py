@@ -15,7 +15,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/35_vision.contrast.ipynb #73d18391
+# %% ../../nbs/api/35_vision.contrast.ipynb #140a5d4c
 @delegates(get_dino_aug_pipelines)
 def get_simclr_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and local crops
@@ -71,7 +71,7 @@ class SimCLR(MultiView):
     @staticmethod
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=128, hidden_dim=2048, wd=(.05,.05)), dict(temp=.1 if bs>=1024 else .2)))
-    def lf(self, proj, *yb): return simclr_loss(joint_rows(proj, self.n_views), self.n_views, self.temp, self.large_crop_ids)
+    def objective(self, batch): return simclr_loss(joint_rows(batch.out, self.n_views), self.n_views, self.temp, self.large_crop_ids)
 
 class BarlowTwins(MultiView):
     "Barlow Twins (Zbontar et al. 2021)"
@@ -87,7 +87,7 @@ class BarlowTwins(MultiView):
     @staticmethod
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=256, hidden_dim=256) if n_images<20_000 else dict(out_dim=8192, hidden_dim=8192, wd=(.05,.05)), dict(lam=.0051)))
-    def lf(self, proj, *yb): return barlow_loss(joint_rows(proj, self.n_views), self.n_views, self.lam, self.large_crop_ids)
+    def objective(self, batch): return barlow_loss(joint_rows(batch.out, self.n_views), self.n_views, self.lam, self.large_crop_ids)
 
 @delegates(method_learner, keep=True)
 def simclr_learner(

@@ -15,7 +15,7 @@ from ..checkpoints import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/39_vision.distill.ipynb #51b92776
+# %% ../../nbs/api/39_vision.distill.ipynb #88e2c357
 @delegates(backbone_for, keep=True)
 def create_distill_model(
     arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
@@ -44,16 +44,18 @@ class Distill(MultiView):
 
     def before_fit(self):
         super().before_fit()
-        self.teacher.to(device_of(self.nets)).eval()
+        self.teacher.to(device_of(self.module)).eval()
 
     @torch.no_grad()
-    def targets(self, views):
-        col   = lambda t: torch.as_tensor(t).to(views[0])[:,None,None]
-        views = [views[i]*col(self.nets.std)+col(self.nets.mean) for i in self.large_crop_ids]                 # in [0,1] again
-        if self.teacher_stats is not None: views = [(v-col(self.teacher_stats[0]))/col(self.teacher_stats[1]) for v in views]
-        return (MultiCropWrapper(self.teacher)(views).chunk(len(views)),)
+    def targets(self, batch):
+        def column(t): return torch.as_tensor(t).to(batch.views[0])[:,None,None]
+        m     = self.module
+        crops = [batch.views[i]*column(m.std)+column(m.mean) for i in self.large_crop_ids]                 # back to [0,1]
+        if self.teacher_stats is not None: crops = [(v-column(self.teacher_stats[0]))/column(self.teacher_stats[1]) for v in crops]
+        batch.teacher_out = MultiCropWrapper(self.teacher)(crops)
+        return super().targets(batch)
 
-    def lf(self, pred, *yb): return distill_loss(pred, torch.cat(yb[0]), len(yb[0]), self.loss, gather_rows)
+    def objective(self, batch): return distill_loss(batch.out, batch.teacher_out, len(self.large_crop_ids), self.loss, gather_rows)
 
 @delegates(method_learner, keep=True)
 def distill_learner(

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/36_vision.lejepa.ipynb #f6349df1
+# %% ../../nbs/api/36_vision.lejepa.ipynb #60d55c28
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and local crops
@@ -63,8 +63,9 @@ class LeJEPA(MultiView):
     @staticmethod
     def encoder_defaults(encoder): return dict(wd=(5e-4,5e-4) if _is_convnet(encoder) else (.05,.05))
 
-    def lf(self, proj, *yb):
-        dirs = gather_rows(torch.randn(self.n_dirs, proj.shape[1], device=proj.device))[:self.n_dirs]      # the first process's, for all
+    def objective(self, batch):
+        proj = batch.out
+        dirs = gather_rows(torch.randn(self.n_dirs, proj.shape[1], device=proj.device))[:self.n_dirs]      # those of rank 0, for all
         return lejepa_loss(joint_rows(proj, self.n_views), dirs, self.n_views, self.lam, self.large_crop_ids)
 
 @delegates(method_learner, keep=True)

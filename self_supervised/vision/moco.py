@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/33_vision.moco.ipynb #1c02458e
+# %% ../../nbs/api/33_vision.moco.ipynb #4c3230a1
 @delegates(get_dino_aug_pipelines)
 def get_moco_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and local crops
@@ -48,7 +48,8 @@ def create_moco_model(
 
 class MoCo(TeacherStudent):
     "Momentum contrast, version 2 (He et al. 2020; Chen et al. 2020)"
-    create,views,carried,needs = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines),('keys',),('student','teacher','queue')
+    create,views = staticmethod(create_moco_model),staticmethod(get_moco_aug_pipelines)
+    needs = ('student','teacher','queue')
     @delegates(TeacherStudent.__init__)
     def __init__(self,
         aug_pipelines:list, # One callable per crop, see `get_moco_aug_pipelines`
@@ -66,17 +67,14 @@ class MoCo(TeacherStudent):
         if n_images<20_000: return AttrDict(merge(d, dict(out_dim=64, hidden_dim=256, queue=max(1,n_images//2))))
         return AttrDict(merge(d, dict(out_dim=128, hidden_dim=2048, queue=min(65536,n_images//2), tmom_start=.999, wd=(.05,.05))))
 
-    def before_fit(self):
-        super().before_fit()
-        self.keys = []
-    def targets(self, views):
-        outs = super().targets(views)
-        if self.training: self.keys.append(F.normalize(torch.cat(outs[0]).float(), dim=-1))
-        return outs
-    def lf(self, pred, *yb): return moco_loss(pred, torch.cat(yb[0]), self.nets.queue.rows.clone(), self.temp, self.large_crop_ids)
+    def targets(self, batch):
+        res = super().targets(batch)
+        if self.training: self.accumulate(keys=[F.normalize(batch.teacher_out.float(), dim=-1)])
+        return res
+    def objective(self, batch):
+        return moco_loss(batch.out, batch.teacher_out, self.module.queue.rows.clone(), self.temp, self.large_crop_ids)
     def after_step(self):
-        if not self.skipped: self.nets.queue.push(gather_rows(torch.cat(self.keys)))
-        self.keys = []
+        if not self.skipped: self.module.queue.push(gather_rows(torch.cat(self.accumulated['keys'])))
         super().after_step()
 
 @delegates(method_learner, keep=True)

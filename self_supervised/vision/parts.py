@@ -13,7 +13,7 @@ from ..objectives import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/38_vision.parts.ipynb #ca07c2c6
+# %% ../../nbs/api/38_vision.parts.ipynb #f6f73aea
 class KoLeo(Part):
     "Spreads the features of a batch over the sphere, before the head (Sablayrolles et al. 2019; Oquab et al. 2024)"
     def __init__(self,
@@ -24,8 +24,8 @@ class KoLeo(Part):
         if not (isinstance(model.student, nn.Sequential) and len(model.student)>1): raise ValueError("KoLeo needs the features before the head: pass a student nn.Sequential(encoder, head)")
         return self
 
-    def forward(self, method):
-        views = method.seen.feats.chunk(method.n_views)
+    def forward(self, batch, method):
+        views = batch.feats.chunk(method.n_views)
         if len(views[0])<2:
             if self.training: raise ValueError("KoLeo looks for each image's nearest neighbour in the batch, and a batch of 1 has none: make the DataLoaders with bs=2 or more")
             return views[0].new_zeros(())                        # the end of a validation set
@@ -59,10 +59,9 @@ def block_masks(
         mask |= block & ((bh<=h) & (bw<=w) & (new<=left))[:,None,None]
     return mask
 
-# %% ../../nbs/api/38_vision.parts.ipynb #4839770f
+# %% ../../nbs/api/38_vision.parts.ipynb #312aecb0
 class IBOT(Part):
     "The student tells hidden patches, as the teacher sees them (iBOT; Zhou et al. 2022)"
-    carried = ('out_sum','out_n')
     def __init__(self,
         weight:float=1., # Of the term
         mask_p:float=0.5, # Part of the global views that are masked
@@ -75,7 +74,6 @@ class IBOT(Part):
         if not 0<mask_p<=1: raise ValueError(f"mask_p={mask_p}: pass a part of the global views, above 0 and up to 1")
         if not 0<mask_ratio[0]<=mask_ratio[1]<1: raise ValueError(f"mask_ratio={mask_ratio}: pass the smallest and the largest part of the patches, between 0 and 1")
         self.head = head
-        self.forget()
 
     def attach(self, model):
         enc,p = encoder_of(model, 'student'),next(model.student.parameters())
@@ -92,7 +90,7 @@ class IBOT(Part):
 
     def heads(self, model): return (model.student[-1],model.teacher[-1]) if self.head is None else (self.head,self.teacher_head)
     @property
-    def followers(self): return () if self.head is None else [(self.teacher_head,self.head)]
+    def ema_pairs(self): return () if self.head is None else [(self.teacher_head,self.head)]
 
     def masks(self, views):
         sizes = {tuple(v.shape[-2:]) for v in views}
@@ -100,20 +98,19 @@ class IBOT(Part):
         h,w = (s//p for s,p in zip(views[0].shape[-2:], self.patch_size))
         return block_masks(sum(map(len, views)), h, w, self.mask_p, self.mask_ratio, self.min_patches, self.aspect).flatten(1).to(views[0].device)
 
-    def forward(self, method):
-        seen,(student,teacher) = method.seen,self.heads(method.nets)
-        with torch.no_grad(): logits = teacher(seen.teacher_tokens[seen.masks])
-        if self.training: self.out_sum,self.out_n = self.out_sum + (logits if logits.itemsize>=4 else logits.float()).sum(0, keepdim=True),self.out_n + len(logits)
-        return ibot_loss(student(seen.tokens[seen.masks]), method.target_of(logits, self.C), seen.masks, method.tps)
+    def forward(self, batch, method):
+        student,teacher = self.heads(method.module)
+        with torch.no_grad(): logits = teacher(batch.teacher_tokens[batch.masks])
+        if self.training: method.accumulate(ibot_sum=sum_rows(logits), ibot_n=len(logits))
+        return ibot_loss(student(batch.tokens[batch.masks]), method.target_of(logits, self.C), batch.masks, method.tps)
 
     def logits_of(self, sizes, bs):                              # as many as the images' own logits: logits, softmax, gradient; of the teacher logits and targets
         (ph,pw),n = self.patch_size,sizes.count(max(sizes))
         return round(7*self.C.shape[1]*n*bs*(max(sizes)//ph)*(max(sizes)//pw)*self.mask_p*sum(self.mask_ratio)/2)
 
-    def forget(self): self.out_sum,self.out_n = 0.,0
     def after_step(self, method):
-        n = sum_processes(self.C.new_tensor(self.out_n))         # processes hide different numbers of patches
-        self.C.copy_(update_center(self.C, sum_processes(self.out_sum)/n, method.cmom))
+        total,n = method.accumulated['ibot_sum'],self.C.new_tensor(method.accumulated['ibot_n'])           # ranks hide different numbers of patches
+        self.C.copy_(update_center(self.C, sum_processes(total)/sum_processes(n), method.cmom))
 
 def _with_prototypes(head, n):
     "A copy of a `DINOHead` with `n` prototypes of its own"

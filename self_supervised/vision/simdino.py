@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/37_vision.simdino.ipynb #60b34e47
+# %% ../../nbs/api/37_vision.simdino.ipynb #5f243067
 @delegates(backbone_for, keep=True)
 def create_simdino_model(
     arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
@@ -46,7 +46,7 @@ class SimDINO(TeacherStudent):
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=256, hidden_dim=2048)))
 
-    def lf(self, pred, *yb): return simdino_loss(pred, torch.cat(yb[0]), self.eps, self.weight, self.large_crop_ids, joint_rows)
+    def objective(self, batch): return simdino_loss(batch.out, batch.teacher_out, self.eps, self.weight, self.large_crop_ids, joint_rows)
 
 @delegates(method_learner, keep=True)
 def simdino_learner(

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/34_vision.swav.ipynb #fbd4e415
+# %% ../../nbs/api/34_vision.swav.ipynb #dfc441e6
 @delegates(get_dino_aug_pipelines)
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and local crops
@@ -60,7 +60,7 @@ def create_swav_model(
 class SwAV(MultiView):
     "Swapping assignments between views (Caron et al. 2020)"
     needs = ('student','queues')
-    create,views,carried = staticmethod(create_swav_model),staticmethod(get_swav_aug_pipelines),('rows',)
+    create,views = staticmethod(create_swav_model),staticmethod(get_swav_aug_pipelines)
     @delegates(MultiView.__init__)
     def __init__(self,
         aug_pipelines:list, # One callable per crop, see `get_swav_aug_pipelines`
@@ -81,33 +81,36 @@ class SwAV(MultiView):
         small = dict(out_dim=64, bottleneck_dim=64, hidden_dim=256, queue=0) if n_images<5_000 else dict(out_dim=300, queue=0) if n_images<20_000 else dict(out_dim=3000, queue=0 if bs>=256 else min(3840,n_images//2), wd=(.05,.05))
         return AttrDict(merge(d, dict(bottleneck_dim=128, hidden_dim=2048, temp=.025 if n_images<100_000 else .05, queue_from=min(15, round(.15*epochs))), small))
 
-    def before_fit(self):
-        super().before_fit()
-        self.rows = []
     def _check_model(self):
         super()._check_model()
-        if not (isinstance(self.nets.student, nn.Sequential) and hasattr(self.nets.student[-1], 'rows')): raise ValueError("SwAV needs a student that ends in a DINOHead: make it with create_swav_model")
-        n,g = len(self.nets.queues),len(self.large_crop_ids)
+        if not (isinstance(self.module.student, nn.Sequential) and hasattr(self.module.student[-1], 'rows')):
+            raise ValueError("SwAV needs a student that ends in a DINOHead: make it with create_swav_model")
+        n,g = len(self.module.queues),len(self.large_crop_ids)
         if n not in (0,g): raise ValueError(f"{n} queues for {g} global views: make the model with n_large={g}")
-    def inputs(self, views): return (True,False)
-    def lf(self, rows, *yb):
-        head,vs = self.nets.student[-1],rows.detach().chunk(self.n_views)
-        with torch.no_grad():
-            large = [vs[i] for i in self.large_crop_ids]
-            codes = torch.cat([self.codes(head, v, i) for i,v in enumerate(large)])
-        if self.training and len(self.nets.queues): self.rows.append(torch.stack(large))
+    def inputs(self, batch): return (True,False)
+    def objective(self, batch):
+        head,rows = self.module.student[-1],batch.out            # L2-normalised projections
+        crops     = rows.detach().chunk(self.n_views)
+        global_crops = [crops[i] for i in self.large_crop_ids]
+        with torch.no_grad(): codes = torch.cat([self.codes(head, o, i) for i,o in enumerate(global_crops)])
+        if self.training and len(self.module.queues): self.accumulate(rows=[torch.stack(global_crops)])
         return pair_loss(head.last(rows), codes, self.tps, self.large_crop_ids)
     def codes(self, head, rows, i):
-        if len(self.nets.queues) and self.epoch>=self.queue_from: rows = torch.cat([self.nets.queues[i].rows[rank_distrib()::n_processes()].to(rows.dtype), rows])        # a part for each process
-        return sinkhorn_knopp(head.last(rows), self.temp, self.n_iter, gather_rows)[-len(self.yb[0]):]
+        "Assignments (bs,K) of the projections of global crop `i`, balanced over the prototypes together with its queue"
+        bs = len(rows)
+        if len(self.module.queues) and self.epoch>=self.queue_from:
+            queued = self.module.queues[i].rows[rank_distrib()::n_processes()]             # each rank uses its share
+            rows   = torch.cat([queued.to(rows.dtype), rows])
+        return sinkhorn_knopp(head.last(rows), self.temp, self.n_iter, gather_rows)[-bs:]
 
     def before_step(self):
         super().before_step()
-        if self.epoch<self.freeze_last_layer: no_last_layer_grads(self.nets.student)
+        if self.epoch<self.freeze_last_layer: cancel_last_layer_grads(self.module.student)
     def after_step(self):
-        if self.rows and not self.skipped:
-            for q,rows in zip(self.nets.queues, torch.cat(self.rows, 1)): q.push(gather_rows(rows))
-        self.rows,self.skipped = [],False
+        rows = self.accumulated.get('rows')
+        if rows and not self.skipped:
+            for q,r in zip(self.module.queues, torch.cat(rows, 1)): q.push(gather_rows(r))
+        super().after_step()
 
 @delegates(method_learner, keep=True)
 def swav_learner(
