@@ -245,7 +245,7 @@ def cancel_last_layer_grads(
 
 no_last_layer_grads = cancel_last_layer_grads                    # its name until 0.1
 
-# %% ../../nbs/api/30_vision.core.ipynb #f414e3db
+# %% ../../nbs/api/30_vision.core.ipynb #6ddf31d5
 class MultiView(Callback):
     "Replace each batch by its crops and the loss by the method's objective during a fit"
     order = MixedPrecision.order+2                               # inside autocast, after gradient clipping
@@ -255,7 +255,7 @@ class MultiView(Callback):
         aug_pipelines:list, # One callable per crop: (bs,C,H,W) in [0,1] to (bs,C,size,size)
         large_crop_ids:tuple=(0,1), # Indices of the global crops: those that a teacher receives, or that all others are compared with
         clip:float|None=None, # Maximum gradient norm per parameter; None disables clipping
-        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not say; ([0]*3,[1]*3) for none
+        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not define them; ([0]*3,[1]*3) for none
     ):
         store_attr('aug_pipelines,clip,stats')
         self.large_crop_ids = tuple(sorted(set(large_crop_ids)))
@@ -427,7 +427,7 @@ class MultiView(Callback):
     def _check_dls(self):
         for dl in self.dls:
             if dl_normalize(dl) is not None:
-                raise ValueError("the DataLoaders normalise their images, and the crops are normalised as well: make them without Normalize, or remove it with "
+                raise ValueError("the DataLoaders normalise their images, and the crops are normalised as well: make them without `Normalize`, or remove it with "
                                  "`for dl in dls: dl.after_batch.fs = dl.after_batch.fs.filter(lambda o: not isinstance(o, Normalize))`. "
                                  "(A pretrained vision_learner adds one to the DataLoaders that it is given.)")
 
@@ -442,7 +442,7 @@ def learner_name(method):
     "Name of the function that creates a learner with `method`"
     return _learner_names.get(method.__name__, f'{method.__name__.lower()}_learner')
 
-# %% ../../nbs/api/30_vision.core.ipynb #2956e89c
+# %% ../../nbs/api/30_vision.core.ipynb #4d8e2618
 @torch.no_grad()
 def ema_update(
     teacher:nn.Module, # Module to update
@@ -466,7 +466,7 @@ class TeacherStudent(MultiView):
         tmom_sched:Callable=SchedCos, # Schedule of the momentum, per iteration
         teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
         clip:float|None=None, # Maximum gradient norm per parameter; None disables clipping
-        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not say; ([0]*3,[1]*3) for none
+        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not define them; ([0]*3,[1]*3) for none
     ):
         super().__init__(aug_pipelines, large_crop_ids, clip, stats)
         store_attr('tmom_start,tmom_end,tmom_sched,teacher')

@@ -94,7 +94,7 @@ def create_dino_model(
     if predictor and d is None: raise ValueError("predictor=True needs a bottleneck: pass a bottleneck_dim")
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None, parts=parts)
 
-# %% ../../nbs/api/31_vision.dino.ipynb #01bb4360
+# %% ../../nbs/api/31_vision.dino.ipynb #eaef624d
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
     sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
@@ -125,10 +125,10 @@ class DINO(TeacherStudent):
         freeze_last_layer:int=1, # Number of epochs to keep the last layer frozen; increase it if the loss does not decrease
         clip:float|None=3., # Maximum gradient norm per parameter; None disables clipping
         chunked_loss:bool=False, # Compute the loss in chunks of the logits: less memory for large K, same result
-        target:str|Callable='centering', # 'centering', 'sinkhorn', 'softmax' over the batch, 'none'; or a function of teacher logits, centre and temperature
+        target:str|Callable='centering', # `'centering'`, 'sinkhorn', 'softmax' over the batch, 'none'; or a function of teacher logits, centre and temperature
         loss:str|Callable='cross_entropy', # 'cross_entropy' or 'mse'; or a function of student logits, targets, temperature and `large_crop_ids`
         teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
-        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not say; ([0]*3,[1]*3) for none
+        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not define them; ([0]*3,[1]*3) for none
     ):
         super().__init__(aug_pipelines, large_crop_ids, tmom_start, tmom_end, tmom_sched, teacher, clip, stats)
         store_attr('cmom,tpt_start,tpt_end,tpt_warmup_pct,tpt_sched,tps,freeze_last_layer,chunked_loss,target,loss')
