@@ -185,7 +185,7 @@ def load_encoder(
     state,meta = (_from_safetensors if Path(file).suffix=='.safetensors' else _from_run)(file, who)
     return _fill(_build(meta, file) if encoder is None else encoder, state, meta, file)
 
-# %% ../nbs/api/07_checkpoints.ipynb #0ba5bb1e
+# %% ../nbs/api/07_checkpoints.ipynb #a6988267
 def random_state(
     dls=None # DataLoaders whose random state is included
 )->dict: # Plain Python values and tensors
@@ -210,7 +210,9 @@ def set_random_state(
     for dl,s in zip([dl for dl in dls or [] if hasattr(dl, 'rng')], state['dls']): dl.rng.setstate(s)
 
 @contextmanager
-def random_kept(dls=None):
+def random_kept(
+    dls=None # DataLoaders whose random state is included
+):
     "Run a block, and restore the state of all random number generators afterwards"
     state = random_state(dls)
     try: yield
