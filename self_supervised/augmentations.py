@@ -106,13 +106,31 @@ def random_boxes(
         top,left,bh,bw = (torch.where(none, float(f), o) for f,o in (((h-fh)//2,top),((w-fw)//2,left),(fh,bh),(fw,bw)))
     return torch.stack([top,left,bh,bw],1)
 
-# %% ../nbs/api/01_augmentations.ipynb #e0bfe2ee
+# %% ../nbs/api/01_augmentations.ipynb #ae244311
 def _gray(x): return (x[:,:1]*.299).add_(x[:,1:2], alpha=.587).add_(x[:,2:3], alpha=.114) if x.shape[1]==3 else x.mean(1, keepdim=True)
 def _blend(x, o, f): return x.mul_(f).add_(o*(1-f)).clamp_(0,1)
 
-def adjust_brightness_(x, f): return x.mul_(f).clamp_(0,1)
-def adjust_contrast_(x, f):   return _blend(x, _gray(x).mean((2,3), keepdim=True), f)
-def adjust_saturation_(x, f): return _blend(x, _gray(x), f)
+def adjust_brightness_(
+    x:Tensor, # Images (n,C,H,W) in [0,1]
+    f:Tensor # Factors (n,1,1,1); 1 changes nothing
+)->Tensor: # `x`, changed in place
+    "Multiply images by a factor"
+    return x.mul_(f).clamp_(0,1)
+
+def adjust_contrast_(
+    x:Tensor, # Images (n,C,H,W) in [0,1]
+    f:Tensor # Factors (n,1,1,1); 1 changes nothing, 0 gives the mean grey
+)->Tensor: # `x`, changed in place
+    "Blend images with their mean grey"
+    return _blend(x, _gray(x).mean((2,3), keepdim=True), f)
+
+def adjust_saturation_(
+    x:Tensor, # Images (n,C,H,W) in [0,1]
+    f:Tensor # Factors (n,1,1,1); 1 changes nothing, 0 gives greyscale images
+)->Tensor: # `x`, changed in place
+    "Blend images with their greyscale version"
+    return _blend(x, _gray(x), f)
+
 def adjust_hue_(
     x:Tensor, # Images (n,3,H,W) in [0,1]
     f:Tensor # Hue shift as a fraction of the colour circle, -0.5 to 0.5, (n,1,1,1)
@@ -151,14 +169,18 @@ def color_jitter(
             if len(y): _jitters[op](y, f[:,op])
     return x.index_select(0, where.argsort().to(x.device, non_blocking=True))
 
-# %% ../nbs/api/01_augmentations.ipynb #e57f4ef2
+# %% ../nbs/api/01_augmentations.ipynb #8dd5d31a
 def _gauss(sigma, r):
     t = torch.arange(-r, r+1, device=sigma.device)
     w = torch.exp(-t**2/(2*sigma[:,None]**2))*(t.abs()<=torch.ceil(3*sigma[:,None]))
     return w/w.sum(1, keepdim=True)
 
-def blur_matmul(x, sigma, r):
-    "Blur images (n,C,s,s) by `sigma` (n,) with a kernel of `r` pixels to either side, by two matrix products"
+def blur_matmul(
+    x:Tensor, # Images (n,C,s,s)
+    sigma:Tensor, # Sigma of the Gaussian of each image, in pixels, (n,), on the device of `x`
+    r:int # Radius of the kernel in pixels
+)->Tensor: # Blurred images of the shape of `x`
+    "Blur each image by its own sigma, by two matrix products"
     s = x.shape[-1]
     # (n,s,s+2r): each row has the kernel, shifted by one pixel per row
     m = F.pad(_gauss(sigma, r), (s-1,s-1)).unfold(1, s+2*r, 1).flip(1).to(x.dtype)
@@ -178,7 +200,11 @@ def gaussian_blur(
         for i in range(1, 2*r+1): x.addcmul_(p.narrow(dim, i, size), w[i])
     return x
 
-def solarize(x): return torch.minimum(x, 1-x)                    # inverts values above 0.5
+def solarize(
+    x:Tensor # Images in [0,1]
+)->Tensor: # Images of the shape of `x`
+    "Invert values above 0.5"
+    return torch.minimum(x, 1-x)
 
 # %% ../nbs/api/01_augmentations.ipynb #677c4225
 class View:
@@ -305,7 +331,7 @@ def make_views(
             for i,v in zip(g, views.unflatten(0, (len(g),n))): outs[i] = v
     return outs
 
-# %% ../nbs/api/01_augmentations.ipynb #d1ef0739
+# %% ../nbs/api/01_augmentations.ipynb #41d43437
 def stats_of(
     pipelines:list # `View`s, and other callables
 )->tuple|None: # Mean and standard deviation of the channels; None if not known
@@ -324,7 +350,9 @@ def _stats_in(p):
 class AugPipelines(list):
     "A list of callables, one per view, that computes all views of a batch together"
     @property
-    def stats(self): return stats_of(self)
+    def stats(self):
+        "Normalisation statistics of the views, see `stats_of`"
+        return stats_of(self)
     def __getitem__(self, i): return AugPipelines(super().__getitem__(i)) if isinstance(i, slice) else super().__getitem__(i)
     def __add__(self, other): return AugPipelines(super().__add__(other))
     def views(self,

@@ -207,7 +207,7 @@ def open_encoder(
         raise ValueError(f"timm has no pretrained weights of {src}: leave pretrained out for randomly initialised weights")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/api/07_checkpoints.ipynb #0ba5bb1e
+# %% ../nbs/api/07_checkpoints.ipynb #a6988267
 def random_state(
     dls=None # DataLoaders whose random state is included
 )->dict: # Plain Python values and tensors
@@ -232,7 +232,9 @@ def set_random_state(
     for dl,s in zip([dl for dl in dls or [] if hasattr(dl, 'rng')], state['dls']): dl.rng.setstate(s)
 
 @contextmanager
-def random_kept(dls=None):
+def random_kept(
+    dls=None # DataLoaders whose random state is included
+):
     "Run a block, and restore the state of all random number generators afterwards"
     state = random_state(dls)
     try: yield

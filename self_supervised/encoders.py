@@ -209,7 +209,7 @@ class MultiCropWrapper(Module):
                              "add pooling, for example nn.Sequential(encoder, PoolFlatten())")
         return out
 
-# %% ../nbs/api/02_encoders.ipynb #f4e0feb2
+# %% ../nbs/api/02_encoders.ipynb #d1e9ad8c
 @contextmanager
 def eval_mode(
     m:nn.Module # Model
@@ -258,7 +258,7 @@ def check_input(
         if isinstance(e, AssertionError) or 'size' in message and 'memory' not in message:
             raise ValueError(f"{name} cannot take images of {x.shape[-2]}x{x.shape[-1]} pixels ({message}): "
                              "choose multiples of the patch size, or create the backbone with create_encoder, "
-                             "which enables all sizes where timm supports them") from e
+                             "which asks timm for a model that takes all sizes") from e
         raise
 
 says_what_fits = check_input                                     # old name, for one version

@@ -123,7 +123,7 @@ def test_torch_loaders_are_left_as_they_are():
 def test_loaders_that_cannot_be_taken_are_said():
     x = images()
     two = lambda ds: DataLoaders(TD(ds, 8), TD(ds, 8), device='cpu')
-    for dls,text in ((two(Stream()),'of a Stream does not say how many images it has'), (two(Items(lambda i: dict(a=i, name='b'))),r"a batch is a dict of a: a tensor \(8,\), name: a list of a str"),
+    for dls,text in ((two(Stream()),'of a Stream has no length'), (two(Items(lambda i: dict(a=i, name='b'))),r"a batch is a dict of a: a tensor \(8,\), name: a list of a str"),
                      (two(Items(lambda i: dict(image=x[i], img=x[i]))),'or a dict with one of the keys'), (two(Items(lambda i: x[i,0])),r'batches of shape \(8, 16, 16\), where images \(bs,C,H,W\)'),
                      (two(Items(lambda i: x[i], n=0)),'has no batch')):
         with pytest.raises(ValueError, match=text): dino_learner(dls, 'convnet_mini', views(), out_dim=8)
