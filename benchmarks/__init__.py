@@ -1,1 +1,1 @@
-"How fast the library is, beside the plain formulation of the paper's algorithm and beside its peers"
+"How fast the library is, compared with a plain formulation of the paper's algorithm and with other libraries"

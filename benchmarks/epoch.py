@@ -2,8 +2,8 @@
 
     python -m benchmarks.epoch --n-images 1024 --bs 64 --num-workers 16 --device cuda
 
-Beside the paper's loop over torch's DataLoader, with torchvision's transforms on Pillow images in its workers. 'opening' is the
-loader alone: of ours without the views, which are made in the step, of the other with them. Epochs are random by nature: of their
+Compared with the paper's loop over torch's DataLoader, with torchvision's transforms on Pillow images in its workers. 'opening' is the
+loader alone: in this library without the views, which are made in the step, of the other with them. Epochs are random by nature: of their
 results only the loss, still near ln K, is looked at.
 """
 import math, tempfile
@@ -49,9 +49,9 @@ def rows(
     side:int=375, # Their shorter side, in pixels
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder, a vision transformer
     bs:int=8, # Images in a batch
-    n_small:int=8, # Local views beside the two global ones
-    size:int=224, # Side of the global views, in pixels
-    small:int=96, # Side of the local views
+    n_small:int=8, # Number of local crops, in addition to two global crops
+    size:int=224, # Size of the global crops, in pixels
+    small:int=96, # Size of the local crops
     out_dim:int=1024, # Prototypes
     num_workers:int=2, # Processes that open files
     precision:str='fp32', # Or bf16

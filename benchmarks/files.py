@@ -3,8 +3,8 @@
     python -m benchmarks.files --n 1000000
 
 Bytes for each file above what a list of 1,000 takes: in the main process after the first batch, with the order of an epoch; in a worker what is its own, and no longer shared with the main
-process, once it has gone through its part of the files and Python has collected garbage. Each contestant is in a process of its own; its worker is a fork that does to the names what a
-worker does, and opens no file. Beside ours a list of `Path`s with PyTorch's DataLoader, and with fastai's. Linux alone tells a process what is its own.
+process, once it has gone through its part of the files and Python has collected garbage. Each implementation is in a process of its own; its worker is a fork that does to the names what a
+worker does, and opens no file. Compared with a list of `Path`s with PyTorch's DataLoader, and with fastai's. Linux alone tells a process what is its own.
 """
 import gc, itertools, json, multiprocessing, subprocess, sys
 from pathlib import Path
@@ -48,7 +48,7 @@ def _own():
     return sum(int(l.split()[1])*1024 for l in Path('/proc/self/smaps_rollup').read_text().splitlines() if l.startswith('Private_'))
 
 def measure(
-    who:str, # A contestant
+    who:str, # An implementation
     n:int, # Files
     workers:int # Workers that share them
 )->tuple: # Bytes in the main process, and in a worker
@@ -76,7 +76,7 @@ def measure(
 def rows(
     n:int=1_000_000, # Files
     workers:int=16, # Workers that share them
-    rounds:int=1, # Processes of each contestant
+    rounds:int=1, # Processes of each implementation
     device:str='cpu' # Where the other benchmarks run; names use none
 ):
     def once(who, n):

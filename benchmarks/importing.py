@@ -1,9 +1,9 @@
-"""Importing, in processor time, each contestant in a process of its own
+"""Importing, in processor time, each implementation in a process of its own
 
     python -m benchmarks.importing --rounds 7
 
 The import alone, without Python's own start; with files that the system has read before. Other work on the machine hardly changes processor time.
-`self_supervised.all` stands on fastai, timm and kornia: the third contestant shows what is ours.
+`self_supervised.all` stands on fastai, timm and kornia: the third implementation shows what is ours.
 """
 import subprocess, sys
 from .race import main, race, rows_of
@@ -20,7 +20,7 @@ def seconds(
     return float(subprocess.run([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 def rows(
-    rounds:int=7, # Processes of each contestant
+    rounds:int=7, # Processes of each implementation
     device:str='cpu' # Where the other benchmarks run; an import uses none
 ):
     return rows_of('import', race({k: lambda s=s: seconds(s) for k,s in statements.items()}, rounds))

@@ -1,4 +1,4 @@
-"""k-NN classification beside scikit-learn's brute-force cosine k-NN, and the protocol written out plainly
+"""k-NN classification, compared with scikit-learn's brute-force cosine k-NN, and the protocol written out plainly
 
     python -m benchmarks.knn                      # 50,000 x 384 training features, 10,000 to classify
     python -m benchmarks.knn --n-train 5000 --n-test 1000 --rounds 3

@@ -1,4 +1,4 @@
-"""Peak memory of the loss and of a full step, each contestant in a process of its own
+"""Peak memory of the loss and of a full step, each implementation in a process of its own
 
     python -m benchmarks.memory --bs 64 --device cuda
 
@@ -44,14 +44,14 @@ def run_step(who, bs, n_small, out_dim, device, arch, size, small, hidden_dim, p
 
 def rows(
     bs:int=16, # Images
-    n_small:int=8, # Local views beside the two global ones
+    n_small:int=8, # Number of local crops, in addition to two global crops
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder, a vision transformer
-    size:int=224, # Side of the global views, in pixels
-    small:int=96, # Side of the local views
+    size:int=224, # Size of the global crops, in pixels
+    small:int=96, # Size of the local crops
     out_dim:int=65536, # Prototypes
     hidden_dim:int=2048, # Width of the head
     precision:str='fp32', # Or bf16
-    rounds:int=1, # Processes of each contestant
+    rounds:int=1, # Processes of each implementation
     device:str='cpu' # Where
 ):
     kw,rs = dict(locals()),[]

@@ -1,4 +1,4 @@
-"""A step of AdamW; beside torch's as it comes, fastai's own Adam (whose betas and eps are others, so its weights are not compared)
+"""A step of AdamW, compared with torch's default and fastai's own Adam (whose betas and eps are others, so its weights are not compared)
 
     python -m benchmarks.optimizer --arch vit_small_patch16_224
 """

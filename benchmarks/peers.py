@@ -1,4 +1,4 @@
-"lightly's DINO (https://github.com/lightly-ai/lightly), as its own example puts it together; an optional contestant: `pip install -e '.[bench]'`"
+"lightly's DINO (https://github.com/lightly-ai/lightly), as its own example puts it together; an optional implementation: `pip install -e '.[bench]'`"
 import sys
 from copy import deepcopy
 from functools import cache

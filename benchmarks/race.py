@@ -1,4 +1,4 @@
-"""Contestants side by side: interleaved rounds, medians with spread, one table and one JSON file
+"""Implementations side by side: interleaved rounds, medians with spread, one table and one JSON file
 
 Every module with a function `rows` is a benchmark: its arguments are the command line's, and it returns what `rows_of` makes.
 """
@@ -19,13 +19,13 @@ def sync(device):
     if str(device).startswith('cuda'): torch.cuda.synchronize(device)
 
 def race(
-    contestants:dict, # Name to function; one that returns a float has timed itself, in seconds
+    implementations:dict, # Name to function; one that returns a float has timed itself, in seconds
     rounds:int=5, # Rounds, after one to warm up
     device:str='cpu', # Waited for at both ends
     setup=None, # Called before each call, outside the timing
-    least:float=.05 # Seconds that a contestant runs in a round: quick ones are called often
+    least:float=.05 # Seconds that an implementation runs in a round: quick ones are called often
 )->dict: # Name to seconds a call, one number a round
-    "Time all contestants in every round, in alternating order, so that what else the machine does hits all"
+    "Time all implementations in every round, in alternating order, so that what else the machine does hits all"
     def once(f):
         if setup: setup()
         sync(device)
@@ -33,10 +33,10 @@ def race(
         own = f()
         sync(device)
         return own if isinstance(own, float) else time.perf_counter()-start
-    n = {k: max(1, min(200, round(least/max(once(f),1e-6)))) for k,f in contestants.items()}
-    secs = {k:[] for k in contestants}
+    n = {k: max(1, min(200, round(least/max(once(f),1e-6)))) for k,f in implementations.items()}
+    secs = {k:[] for k in implementations}
     for r in range(rounds):
-        for k,f in list(contestants.items())[::1 if r%2 else -1]: secs[k].append(statistics.fmean(once(f) for _ in range(n[k])))
+        for k,f in list(implementations.items())[::1 if r%2 else -1]: secs[k].append(statistics.fmean(once(f) for _ in range(n[k])))
     return secs
 
 def spread(xs): return dict(median=statistics.median(xs), min=min(xs), max=max(xs))
@@ -45,8 +45,8 @@ def rows_of(
     what:str, # What was measured
     secs:dict, # What `race` gave; 'ours' among them, or `base`
     base:str='ours', # Whose time the ratios are over
-    **more # Columns: name to a function of a contestant's median seconds, or a dict from contestants to values
-)->list: # A dict for each contestant
+    **more # Columns: name to a function of an implementation's median seconds, or a dict from implementations to values
+)->list: # A dict for each implementation
     "Medians with spread; the ratio is taken in each round, so that both of its times are neighbours"
     row = lambda k,xs: dict(what=what, who=k, seconds=spread(xs), ratio=spread([x/o for x,o in zip(xs, secs[base])]))
     return [row(k,xs) | {c: f.get(k) if isinstance(f, dict) else f(statistics.median(xs)) for c,f in more.items()} for k,xs in secs.items()]
@@ -70,7 +70,7 @@ def machine(device='cpu'):
     gpu = f"{torch.cuda.get_device_name(device)}, " if str(device).startswith('cuda') else ''
     kept = f"{' and '.join(STEADY)} of 4 GiB" if STEADY.keys()<=os.environ.keys() else "the system's allocator settings"
     n    = torch.get_num_threads()
-    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {n} thread{'s'*(n!=1)}; torch {torch.__version__}, timm {timm.__version__}; {kept} for all contestants"
+    return f"{gpu}{cpu[1] if cpu else platform.processor()}, {n} thread{'s'*(n!=1)}; torch {torch.__version__}, timm {timm.__version__}; {kept} for all implementations"
 
 def _n(v): return f'{v:.0f}' if v>=1000 else f'{v:.3g}'
 def _ms(s): return f"{_n(1e3*s['median'])} ({_n(1e3*s['min'])} to {_n(1e3*s['max'])})"
@@ -105,7 +105,7 @@ def page(
 )->str: # What results.md is
     "All tables, the closest races first"
     closest = lambda v: min((r['ratio']['median'] for r in v['rows'] if 'ratio' in r and not r['who'].startswith('ours')), default=math.inf)
-    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better.\nFirst stands where somebody comes closest to ours, or is ahead.\n"
+    intro = "# Benchmarks\n\nRounds are interleaved; times are medians; a ratio is its time (or memory) over ours, so above 1 ours is better.\nComparisons in which another implementation is closest to ours, or faster, come first.\n"
     parts = [f"## {k}: {v['title']}\n\n`{v['command']}`; {v['machine']}.\n\n{markdown(v['rows'])}\n" for k,v in sorted(res.items(), key=lambda kv: (closest(kv[1]),kv[0]))]
     return '\n'.join([intro, *parts])
 
@@ -122,7 +122,7 @@ def save(name, doc, rows, device, chosen, out):
 def main(
     rows, # The function of a benchmark
     doc:str, # Its docstring, whose first line is the title of the table
-    steady:bool=True # Keep freed memory?
+    steady:bool=True # Keep freed memory for reuse
 ):
     "The command line of a benchmark"
     name = Path(sys.modules['__main__'].__file__).stem

@@ -25,8 +25,8 @@ def rows(
     n_small:int=4, # The local views that stay
     out_dim:int=16384, # The prototypes that stay
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder, a vision transformer
-    size:int=224, # Side of the global views, in pixels
-    small:int=96, # Side of the local views
+    size:int=224, # Size of the global crops, in pixels
+    small:int=96, # Size of the local crops
     hidden_dim:int=2048, # Width of the head
     file_arch:str='vit_mini_patch4_16', # The encoder for the files, so small that they take the time
     file_sizes:str='32,16', # Sides of its views
@@ -55,7 +55,7 @@ def rows(
     return out + grown(secs, {n: (f"{n} files: {file_arch}, batch {bs}, {precision}", n) for n in ints(images)})
 
 def grown(
-    secs:dict, # What `race` gave, by run and contestant
+    secs:dict, # What `race` gave, by run and implementation
     runs:dict # Of each run its name in the table, and its images
 )->list: # As `rows_of` gives them
     "Time of an image, and how it grows from the first run on"

@@ -5,8 +5,8 @@
 
 Ours runs through `learn.fit_dino`. 'bare timm' is the mark: its encoder on the same tokens, those of all views forward and backward and
 those of the teacher's views forward, without head, loss and optimizer. 'share' is the part of the machine's rate in a large matrix
-product of the same type, measured in the same rounds, that a contestant reaches: operations of the plain step, counted, over its time.
-Contestants start from the same weights, and must give the same losses in two rounds before they are timed.
+product of the same type, measured in the same rounds, that an implementation reaches: operations of the plain step, counted, over its time.
+Implementations start from the same weights, and must give the same losses in two rounds before they are timed.
 """
 import statistics, time
 from copy import deepcopy
@@ -83,14 +83,14 @@ def print_profile(f, device, n=25):
 def rows(
     arch:str='vit_tiny_patch16_224', # timm's name of the encoder, a vision transformer
     bs:int=8, # Images
-    n_small:int=8, # Local views beside the two global ones
-    size:int=224, # Side of the global views, in pixels
-    small:int=96, # Side of the local views
+    n_small:int=8, # Number of local crops, in addition to two global crops
+    size:int=224, # Size of the global crops, in pixels
+    small:int=96, # Size of the local crops
     out_dim:int=65536, # Prototypes
     hidden_dim:int=2048, # Width of the head
     precision:str='fp32,bf16', # Both, or one of them
     steps:int=1, # Steps in a round
-    product:int=0, # Side of the square matrices of the product; 0: 2048 on a CPU, 8192 on a GPU
+    product:int=0, # Size of the square matrices of the product; 0: 2048 on a CPU, 8192 on a GPU
     profile:bool=False, # Also print what ours spends its time on
     rounds:int=5, # Rounds
     device:str='cpu' # Where
@@ -119,7 +119,7 @@ def rows(
         mine = {k:xs for (u,k),xs in secs.items() if u==t}
         rs  += rows_of(f"{what}, {t}", mine, differs={k:d for (u,k),d in differs.items() if u==t},
                        **{'images/s': lambda s: bs/s, 'share': {k: flops/statistics.median(xs)/rate[t] for k,xs in mine.items() if k!='bare timm'}})
-    if len(types)>1: rs += rows_of(f"{what}, ours in bf16 beside fp32", {'ours': secs['bf16','ours'], 'plain': secs['fp32','plain']})[1:]
+    if len(types)>1: rs += rows_of(f"{what}, ours in bf16, plain in fp32", {'ours': secs['bf16','ours'], 'plain': secs['fp32','plain']})[1:]
     return rs
 
 if __name__=='__main__': main(rows, __doc__)

@@ -48,16 +48,16 @@ def contestants(images, sizes, n_local, device, floats=False):
 def rows(
     bs:int=16, # Images in a batch
     size:int=256, # Their side, in pixels
-    global_size:int=224, # Side of the two global views, in pixels
-    local_size:int=96, # Side of the local views, in pixels
+    global_size:int=224, # Size of the two global crops, in pixels
+    local_size:int=96, # Size of the local crops, in pixels
     n_local:int=8, # Local views
-    floats:bool=False, # Ours from floats in [0,1] instead of bytes?
+    floats:bool=False, # Start from floats in [0,1] instead of bytes
     rounds:int=7, # Rounds
     device:str='cpu' # Where the views are wanted
 ):
     images = photographs(bs, size)
     cs = contestants(images, (global_size,local_size), n_local, device, floats)
-    for k,f in cs.items(): same(f"sides of the views of {k}", [v.shape[-1] for v in cs['ours']()], [v.shape[-1] for v in f()], 0)
+    for k,f in cs.items(): same(f"crop sizes of {k}", [v.shape[-1] for v in cs['ours']()], [v.shape[-1] for v in f()], 0)
     err = levels(images, local_size)
     assert err<.7, f"our crops are {err:.2f} levels from Pillow's"
     with torch.no_grad(): secs = race(cs, rounds, device)

@@ -1,4 +1,4 @@
-"""A user script that ends in `learn.fit`: DINO with every part in sight, on a folder of images or, without one, on the embedded digits.
+"""A user script that ends in `learn.fit`: DINO with every part in sight, on a folder of images or, without one, on the built-in digits.
 
     python examples/script.py                                                                        # digits, a minute
     python examples/script.py --path IMAGES --arch vit_small_patch16_224 --size 256 --epochs 100     # any folder, any timm name
@@ -11,13 +11,13 @@ from self_supervised.all import *
 
 @call_parse
 def main(
-    path:Path=None, # Folder of images, searched through all its subfolders; default: the embedded digits
+    path:Path=None, # Folder of images, searched through all its subfolders; default: the built-in digits
     arch:str='convnet_mini', # A timm name
-    size:int=256, # Side of the images, in pixels; digits have 16
+    size:int=256, # Image size in pixels; digits have 16
     bs:int=64, # Images in a batch
     epochs:int=20, # Epochs
     out:Path='runs/script', # Folder of the run
-    resume:bool=False, # Go on from its checkpoint?
+    resume:bool=False, # Resume from its checkpoint
     seed:int=42 # Seed of weights, order and views
 ):
     "Pretrain a backbone with DINO"

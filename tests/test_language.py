@@ -99,15 +99,13 @@ def wrong(file):
             for m in p.finditer(text): yield kind,m[0],instead,re.sub(r'\s+', ' ', text[max(0,m.start()-40):m.end()+40])
         if kind in ('docstring','comment') and re.search(r'\w\?\s*$', text.split('\n')[0]): yield kind,'?','a statement, not a question',text[:80]
 
-REST = ['nbs/guides/40_other_images.ipynb', 'nbs/guides/50_pretrained_weights.ipynb', 'nbs/experiments/50_ablation_digits.ipynb']       # still to be rewritten, with nbs/api and examples
-
-PENDING = ['nbs/api/16_evaluation.video.ipynb', 'nbs/api/17_evaluation.segmentation.ipynb', 'nbs/api/18_evaluation.table.ipynb', 'nbs/api/19_evaluation.unlabelled.ipynb',
-           'nbs/api/40_plots.ipynb', 'nbs/api/43_explore.ipynb', 'nbs/api/44_widgets.ipynb', 'nbs/api/42_vision.continued.ipynb']
+REST = []                                                        # still to be rewritten, with nbs/api and examples
 
 def files():
     "Files whose texts are checked"
     nbs = [f for d in ('api','guides','experiments') for f in sorted((root/'nbs'/d).glob('*.ipynb'))]
-    return [f for f in [root/'README.md', root/'CONTRIBUTING.md', *nbs] if f.relative_to(root).as_posix() not in REST+PENDING]
+    pages = [root/o for o in ('README.md','CONTRIBUTING.md','CHANGELOG.md','benchmarks/results.md','examples/script.py')]
+    return [f for f in [*pages, *sorted((root/'benchmarks').glob('*.py')), *nbs] if f.relative_to(root).as_posix() not in REST]
 
 @pytest.mark.parametrize('file', files(), ids=lambda f: f.relative_to(root).as_posix())
 def test_texts_are_plain_technical_english(file):

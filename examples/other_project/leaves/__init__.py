@@ -1,2 +1,2 @@
-"Which tree is it from?"
+"Classify the tree species of a leaf"
 __version__ = '0.1.0'

@@ -6,7 +6,7 @@ import sys
 from fastai.vision.all import *
 from self_supervised.vision.dino import DINO, DINOHead, DINOModel, MultiCropWrapper, get_dino_aug_pipelines
 
-STATS = [.5],[.25]                                               # mean and deviation that images are normalised with
+STATS = [.5],[.25]                                               # mean and standard deviation to normalise images with
 
 class LeafNet(nn.Sequential):
     "Grey images of any size in, (bs,64) features out"
