@@ -603,7 +603,7 @@ def _comparison_curves(runs):
             yield _epoch_axis(ax, n_epochs),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _light_and_dark(draw, n_epochs)
 
-# %% ../nbs/api/45_report.ipynb #8aef6a99
+# %% ../nbs/api/45_report.ipynb #16ef19c4
 def _differences(runs, views):
     "Table of the settings, values, hardware and versions in which runs differ"
     def values(r, view):
@@ -652,7 +652,7 @@ def _render(runs, out):
         for r in runs: r.name = str(r.folder)                    # the last parts of the paths are equal
     views = [_view(r, _curves(r) if one else []) for r in runs]
     for i,v in enumerate(views): v.update(color=_run_color(i), style=_run_dash(i))
-    facts = dict(runs=views, title=runs[0].name if one else f'Comparison of {len(runs)} runs', version=_version())
+    facts = dict(runs=views, title=runs[0].name if one else f'{len(runs)} runs compared', version=_version())
     if not one:
         losses = {(r.notes.get('method'),r.notes.get('ln_k')) for r in runs}
         facts |= dict(kind=', '.join(r.name for r in runs), overlaid=_comparison_curves(runs),
