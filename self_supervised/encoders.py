@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['says_what_fits', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini',
-           'vit_mini_patch4_16', 'set_attention', 'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of',
-           'channels_of', 'first_line', 'check_input', 'native_size', 'check_sizes', 'encoder_of', 'eager',
-           'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps',
-           'vit_tokens', 'vit_features', 'image_feature', 'device_named']
+           'vit_mini_patch4_16', 'ClassTokenAttention', 'ClassTokenBlock', 'ClassTokenViT', 'skip_unused_tokens',
+           'set_attention', 'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of',
+           'first_line', 'check_input', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention',
+           'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens',
+           'vit_features', 'image_feature', 'device_named']
 
 # %% ../nbs/api/02_encoders.ipynb #4ecd63ea
 from fastai.vision.all import *
@@ -113,39 +114,42 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     opts = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
     return _with_cfg(timm.models.VisionTransformer(**merge(opts, _own(kwargs))), kwargs)
 
-# %% ../nbs/api/02_encoders.ipynb #923dbac4
-_VT = timm.models.VisionTransformer
+# %% ../nbs/api/02_encoders.ipynb #a7a599b3
+class ClassTokenAttention(timm.layers.Attention):
+    "timm's attention, which can compute the first token alone: one query, and the keys and values of all tokens"
+    def forward(self, x, *args, first=False, **kwargs):
+        if not first: return super().forward(x, *args, **kwargs)
+        q,k,v = self.qkv(x).unflatten(-1, (3,self.num_heads,-1)).permute(2,0,3,1,4)        # (n,heads,tokens,d) each
+        q,k   = self.q_norm(q[:,:,:1]),self.k_norm(k)
+        if self.fused_attn: o = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
+        else:               o = self.attn_drop((q*self.scale@k.mT).softmax(-1))@v
+        return self.proj_drop(self.proj(self.norm(o.transpose(1,2).flatten(2))))
 
-def _hooked(m): return m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or 'forward' in vars(m)
+class ClassTokenBlock(timm.models.vision_transformer.Block):
+    "timm's block, which can compute the first token alone"
+    def forward(self, x, *args, first=False, **kwargs):
+        if not first: return super().forward(x, *args, **kwargs)
+        x = x[:,:1] + self.drop_path1(self.ls1(self.attn(self.norm1(x), first=True)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-def _one_row_is_read(encoder):
-    "Whether the encoder is a plain timm vision transformer that returns the class token, without hooks on other tokens"
-    if not isinstance(encoder, _VT) or any(getattr(type(encoder),o) is not getattr(_VT,o) for o in ('forward','forward_features','forward_head','pool')): return False
-    block = encoder.blocks[-1] if len(encoder.blocks) else None
-    if type(block) is not timm.models.vision_transformer.Block or type(block.attn) is not timm.layers.Attention or type(block.attn.qkv) is not nn.Linear: return False
-    if encoder.global_pool!='token' or encoder.cls_token is None or encoder.attn_pool is not None or getattr(block.attn, 'gate', None) is not None or block.attn.attn_drop.p: return False
-    return torch.compiler.is_compiling() or getattr(encoder, '_compiled_call_impl', None) is None and not any(_hooked(m) for m in encoder.modules())
+class ClassTokenViT(timm.models.VisionTransformer):
+    "timm's vision transformer whose `forward` computes the class token alone in the last block; `forward_features` returns all tokens"
+    def forward(self, x, *args, **kwargs):
+        if args or kwargs or self.global_pool!='token': return super().forward(x, *args, **kwargs)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        x = timm.models.checkpoint_seq(self.blocks[:-1], x) if self.grad_checkpointing else self.blocks[:-1](x)
+        return self.forward_head(self.norm(self.blocks[-1](x, first=True)))
 
-def _class_row(
-    block:nn.Module, # timm `Block`
-    x:Tensor # Tokens (n,tokens,d)
-)->Tensor: # (n,1,d)
-    "Compute the first token after a block: one query, and the keys and values of all tokens"
-    a,y   = block.attn,block.norm1(x)
-    n,t,d = *y.shape[:2],a.qkv.out_features//3
-    w,b   = a.qkv.weight,a.qkv.bias
-    q     = F.linear(y[:,:1], w[:d], None if b is None else b[:d]).reshape(n, 1, a.num_heads, -1).transpose(1,2)
-    k,v   = F.linear(y, w[d:], None if b is None else b[d:]).reshape(n, t, 2, a.num_heads, -1).permute(2,0,3,1,4)
-    q,k   = a.q_norm(q),a.k_norm(k)
-    o = F.scaled_dot_product_attention(q, k, v) if a.fused_attn else (q*a.scale@k.mT).softmax(-1)@v
-    x = x[:,:1] + block.drop_path1(block.ls1(a.proj_drop(a.proj(a.norm(o.transpose(1,2).reshape(n,1,d))))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-def _class_features(enc, x):
-    "Compute `enc(x)`"
-    x = enc.norm_pre(enc.patch_drop(enc._pos_embed(enc.patch_embed(x))))
-    x = timm.models.checkpoint_seq(enc.blocks[:-1], x) if enc.grad_checkpointing else enc.blocks[:-1](x)
-    return enc.forward_head(enc.norm(_class_row(enc.blocks[-1], x)))
+def skip_unused_tokens(
+    encoder:nn.Module # Module that maps images to (bs, n_features)
+)->nn.Module: # The same object
+    "Let a vision transformer that returns its class token compute only that in its last block; other encoders stay unchanged"
+    if type(encoder) is not timm.models.VisionTransformer or not len(encoder.blocks): return encoder
+    block  = encoder.blocks[-1]
+    plain  = type(block) is timm.models.vision_transformer.Block and type(block.attn) is timm.layers.Attention and getattr(block.attn, 'gate', None) is None
+    pooled = encoder.global_pool=='token' and encoder.cls_token is not None and encoder.attn_pool is None
+    if plain and pooled: encoder.__class__,block.__class__,block.attn.__class__ = ClassTokenViT,ClassTokenBlock,ClassTokenAttention
+    return encoder
 
 def set_attention(
     model:nn.Module, # Model, with or without timm's attention layers
@@ -177,12 +181,12 @@ def features_and_tokens(
         if hook: hook.remove()
     return encoder.forward_head(tokens),_last_norm(encoder)(tokens[:,encoder.num_prefix_tokens:])
 
-# %% ../nbs/api/02_encoders.ipynb #5051db89
+# %% ../nbs/api/02_encoders.ipynb #e1000eb3
 class MultiCropWrapper(Module):
     "An encoder for a list of views, with one forward pass per size (Caron et al. 2020, multi-crop)"
     def __init__(self,
         encoder:nn.Module # Module that maps images to (bs, n_features)
-    ): self.encoder = encoder
+    ): self.encoder = skip_unused_tokens(encoder)
 
     def forward(self,
         x:Tensor|list, # Images (bs,C,H,W), or a list of views of them, of any sizes in any order
@@ -195,14 +199,15 @@ class MultiCropWrapper(Module):
         for kind in dict.fromkeys(kinds):
             ids = [i for i,k in enumerate(kinds) if k==kind]
             out = torch.cat([x[i] for i in ids])
-            if kind[1]: out,tokens = features_and_tokens(self.encoder, out, None if masks[ids[0]] is None else torch.cat([masks[i] for i in ids]), mask_token)
-            else:       out = self._encode(out)
+            if kind[1]:
+                mask = None if masks[ids[0]] is None else torch.cat([masks[i] for i in ids])
+                out,tokens = features_and_tokens(self.encoder, out, mask, mask_token)
+            else: out = self._encode(out)
             for i,o in zip(ids, out.chunk(len(ids))): outs[i] = o
         return (torch.cat(outs),tokens) if masks else torch.cat(outs)
 
     def _encode(self, x):
-        enc = self.encoder
-        out = _class_features(enc, x) if isinstance(enc, nn.Module) and _one_row_is_read(enc) else enc(x)
+        out = self.encoder(x)
         if isinstance(out, (tuple,list)): out = out[0]
         if out.ndim!=2:
             raise ValueError(f"the encoder returned {tuple(out.shape)}, not (bs, features): "
@@ -309,7 +314,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/api/02_encoders.ipynb #8e4d004b
+# %% ../nbs/api/02_encoders.ipynb #050d4725
 @contextmanager
 def _plain_attention(attn):
     was,attn.fused_attn = attn.fused_attn,False
@@ -341,7 +346,8 @@ def last_attention(
     maps = []
     hook = attn.attn_drop.register_forward_pre_hook(lambda m,args: maps.append(args[0]))
     try:
-        with torch.no_grad(), eval_mode(encoder), _plain_attention(attn), eager(encoder), check_input(encoder, x): encoder(x)
+        with torch.no_grad(), eval_mode(encoder), _plain_attention(attn), eager(encoder), check_input(encoder, x):
+            getattr(encoder, 'forward_features', encoder)(x)             # all tokens
     finally: hook.remove()
     return maps[0]
 
