@@ -1,10 +1,12 @@
-# make demo   pretrain on the embedded digits; the results are in runs/digits        ARGS="--arch vit_mini_patch4_16" for another network
-# make test   notebooks, tests, and whether notebooks and library agree              make test-all adds what is slow
-# make test-oldest   the core tests with the oldest versions that settings.ini declares, in .venv-oldest (slow: another PyTorch)
-# make bench  how fast, beside plain formulations and peers: benchmarks/results.md  ARGS="loss step --bs 4 --device cuda" for some of it, other sizes, or a GPU
-# make docs   the documentation as a site, in _site, from what the notebooks saved   make docs-serve to read it, at http://localhost:8000
-# make notebooks   after a change: the library, the notebooks' outputs and README.md anew
-# All set up .venv first, from settings.ini.
+# make demo         pretrain on the built-in digits, results in runs/digits          ARGS="--arch vit_mini_patch4_16" for another model
+# make test         run notebooks and tests, and check that notebooks and library agree
+# make test-all     the same, and the slow notebooks and tests
+# make test-oldest  run the core tests with the oldest versions in settings.ini, in .venv-oldest (slow: installs PyTorch again)
+# make bench        benchmarks against plain formulations and other libraries: benchmarks/results.md
+#                   ARGS="loss step --bs 4 --device cuda" for some of them, other sizes, or a GPU
+# make docs         build the site in _site from the saved notebooks                 make docs-serve to read it at http://localhost:8000
+# make notebooks    regenerate the library, the outputs of the notebooks and README.md
+# All of them create .venv first, from settings.ini.
 
 FITS   = import sys; sys.exit(sys.version_info < (3,11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do if $$p -c '$(FITS)' 2>/dev/null; then echo $$p; break; fi; done)
@@ -14,8 +16,8 @@ CORE    = $(patsubst %,tests/test_%.py,training methods resume evaluation monito
 .PHONY: demo test test-all test-oldest bench docs docs-serve notebooks clean
 
 .venv/core: settings.ini setup.py pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: install one, or say where it is with make PYTHON=/path/to/python"; exit 1; }
-	@echo "Setting up .venv (PyTorch is large: this takes minutes, once)"
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install it, or pass make PYTHON=/path/to/python"; exit 1; }
+	@echo "Creating .venv (PyTorch is large: this takes minutes, once)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
@@ -25,7 +27,7 @@ CORE    = $(patsubst %,tests/test_%.py,training methods resume evaluation monito
 	@touch $@
 
 .venv/bench: .venv/core
-	$(BIN)/pip install --quiet --editable '.[bench]' || echo "lightly could not be installed: the tables will be without it"
+	$(BIN)/pip install --quiet --editable '.[bench]' || echo "lightly could not be installed: the tables are written without it"
 	@touch $@
 
 .venv/docs: .venv/core
@@ -37,11 +39,11 @@ demo: .venv/core
 
 test: .venv/dev
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
-	$(ONE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	$(ONE) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m "not slow" tests
 
 test-all: test
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
-	$(BIN)/python -m pytest -q -m slow tests
+	$(BIN)/python -m pytest -q -rs -m slow tests
 
 .venv-oldest/core: settings.ini tools/oldest.py
 	$(PYTHON) -m venv .venv-oldest

@@ -181,7 +181,7 @@ def browser_path():
 @pytest.fixture(scope='module')
 def browser():
     sync = pytest.importorskip('playwright.sync_api', reason='the browser tests need `pip install playwright`')
-    if not browser_path(): pytest.skip('no Chromium or Chrome on the PATH: the browser tests need one, `apt install chromium` say')
+    if not browser_path(): pytest.skip('no Chromium or Chrome on the PATH: the browser tests need one (for example `apt install chromium`)')
     with sync.sync_playwright() as p:
         b = p.chromium.launch(executable_path=browser_path(), args=['--no-sandbox'] if os.name=='posix' and os.geteuid()==0 else [])
         yield b
