@@ -193,7 +193,7 @@ def test_no_reader_executes_what_it_reads(run, tmp_path):
         (tmp_path/'checkpoint.pth').write_bytes(saved(o))
         (tmp_path/'roxford5k'/'gnd_roxford5k.pkl').write_bytes(pickle.dumps(dict(imlist=[Harm(tmp_path/'harm')], qimlist=[], gnd=[])))
         learn = digits_learner(n_train=64, path=tmp_path, out_dim=16, cbs=[])
-        with quiet(learn), pytest.raises(ValueError, match='no checkpoint'): learn.fit_dino(1, cbs=RunCheckpoint(tmp_path, resume=True))
+        with quiet(learn), pytest.raises(ValueError, match='is not a readable checkpoint'): learn.fit_dino(1, cbs=RunCheckpoint(tmp_path, resume=True))
         for f in (load_encoder,load_linear_weights,partial(load_dino_weights, create_encoder('vit_mini_patch4_16'))): pytest.raises(ValueError, f, tmp_path/'checkpoint.pth')
         with pytest.raises(ValueError, match='asks for'): read_revisited(tmp_path)
         assert not (tmp_path/'harm').exists()

@@ -43,10 +43,10 @@ def test_nothing_is_done_where_nothing_can_be_written(name, images):
     assert (images.parent/'file').is_file() and len(images.parent.ls())==2
 
 def test_identical_images_have_a_page(images, tmp_path):
-    with pytest.warns(UserWarning, match='copies of one another'): dino_explore(str(images), 'vit_mini_patch4_16', out=str(tmp_path/'a.html'), size=16, no_progress=True)
+    with pytest.warns(UserWarning, match='have the same features'): dino_explore(str(images), 'vit_mini_patch4_16', out=str(tmp_path/'a.html'), size=16, no_progress=True)
     page = (tmp_path/'a.html').read_text()
     assert 'All images have the same features' in page and '1 group of images' in page and '0.png' in page
-    with pytest.warns(UserWarning, match='copies of one another'): show_tsne(torch.ones(9,4), torch.arange(9)%2)         # scikit-learn would crash the process
+    with pytest.warns(UserWarning, match='have the same features'): show_tsne(torch.ones(9,4), torch.arange(9)%2)         # scikit-learn would crash the process
 
 def test_what_stands_for_an_image_is_in_the_result(tmp_path, capsys):
     dino_eval('knn', 'vit_mini_patch4_16', out=str(tmp_path/'a.json'), no_progress=True)

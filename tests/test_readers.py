@@ -296,8 +296,8 @@ def readers(d, n):
             l.fit(1)
             l.get_preds(dl=l.dls.test_dl(list(find_images(d))[:5], num_workers=n))
     def few():
-        from self_supervised.report import _few
-        return list(_few(lab().train, 3))
+        from self_supervised.report import _subset
+        return list(_subset(lab().train, 3))
     return {'unlabelled_dls': lambda: fit(un()), 'cache': lambda: un(cache=True), 'labelled_dls': lambda: list(lab().train), 'open_fn': lambda: list(lab(open_fn=open_gray).valid),
             'test_dl of unlabelled_dls': lambda: list(un().test_dl(list(find_images(d))[:5], num_workers=n)), 'fine-tuning and test_dl': predict, "fastai's": lambda: extract_features(enc, fast().train),
             'PyTorch\\'s': lambda: extract_features(enc, torch.utils.data.DataLoader(digits_dls().valid_ds, 8, num_workers=n)) if n else None,

@@ -611,7 +611,7 @@ def _knn_monitor(dls, y, n):
     has_classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     return KNNMonitor(dls, k=min(20,n)) if has_classes and len(dls.valid)>0 and n<=20_000 else None
 
-# %% ../../nbs/api/30_vision.core.ipynb #efa63a0a
+# %% ../../nbs/api/30_vision.core.ipynb #fef55df7
 def method_learner(
     method:type, # Subclass of `MultiView` with `create`, `views` and `defaults`
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
@@ -636,7 +636,8 @@ def method_learner(
     method_kw,learner_kw,model_kw = _split_kwargs(kwargs, method.__init__, Learner.__init__)
 
     model = _create_model(method, arch, defaults, n_in, size, model_kw)
-    cb    = method(ifnone(aug_pipelines, _default_crops(method, model, size, n_in, method_kw.get('stats'))), **method_kw)
+    if aug_pipelines is None: aug_pipelines = _default_crops(method, model, size, n_in, method_kw.get('stats'))
+    cb    = method(aug_pipelines, **method_kw)
     cb.auto_settings = {k:getattr(cb,k) for k in inspect.signature(method.__init__).parameters if k in defaults and k not in method_kw}
     with random_kept(): check_sizes(encoder_of(model), [tuple(v.shape[-2:]) for v in cb.make_views(x)], n_in)
     if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
