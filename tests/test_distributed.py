@@ -119,7 +119,7 @@ def test_the_command_runs_under_torchrun(tmp_path):
     for args,n in ((('--epochs','1'),1), (('--epochs','2','--resume'),2)):
         r = subprocess.run(cmd+list(args), capture_output=True, text=True, timeout=120, env=os.environ|dict(OMP_NUM_THREADS='1'))
         assert r.returncode==0, r.stderr[-3000:]
-        assert 'batches of 64 on each of 2 ranks' in r.stdout and r.stdout.count('encoder.safetensors')==1
+        assert 'batches of 64 on each of 2 ranks' in r.stdout and r.stdout.count('encoder: ')==1
         assert len(pd.read_csv(tmp_path/'history.csv'))==n
     assert len(torch.load(tmp_path/'checkpoint.pth', weights_only=True)['random'])==2 and (tmp_path/'encoder.safetensors').exists() and (tmp_path/'table.csv').exists()
 
