@@ -10,7 +10,7 @@ from fastai.vision.all import *
 from .schedules import *
 from .checkpoints import *
 
-# %% ../nbs/api/29_callbacks.ipynb #9a5aa4a3
+# %% ../nbs/api/29_callbacks.ipynb #ea455eec
 class _Table(ProgressCallback):
     "A `ProgressCallback` whose numbers fit into their columns and whose missing values are empty"
     name = 'progress'
@@ -28,27 +28,32 @@ class _Graph(ShowGraphCallback):
     def after_epoch(self):
         if 'valid_loss' in self.recorder.metric_names: return super().after_epoch()
         losses = [float(o) for o in self.recorder.losses]
-        if self.nb_batches: self.progress.mbar.update_graph([(range_of(losses), losses),([],[])], (0, self.n_epoch*self.nb_batches[0]), (0, max(losses)))
+        if not self.nb_batches: return
+        x_bounds,y_bounds = (0, self.n_epoch*self.nb_batches[0]),(0, max(losses))
+        self.progress.mbar.update_graph([(range_of(losses), losses),([],[])], x_bounds, y_bounds)
 
-# %% ../nbs/api/29_callbacks.ipynb #4adecbc2
+# %% ../nbs/api/29_callbacks.ipynb #f3825994
 class ViewRecorder(Recorder):
     "A `Recorder` for training with or without validation images"
     name = 'recorder'
     def before_fit(self):
         if 'asked' not in vars(self): self.asked = self.train_metrics,self.valid_metrics
-        self.train_metrics,self.valid_metrics = self.asked if len(self.dls.valid) else (True,False)    # the table would hold None, which TensorBoard refuses
+        # the table would hold None, which TensorBoard refuses
+        self.train_metrics,self.valid_metrics = self.asked if len(self.dls.valid) else (True,False)
         super().before_fit()
         self.paused = []
         if no_fit(self.learn): return
         columns = list(self.metric_names[1:-1] if self.add_time else self.metric_names[1:])
         for cb in self.learn._grab_cbs(TrackerCallback):
             if cb.monitor not in columns:
-                raise ValueError(f"{type(cb).__name__} monitors {cb.monitor!r}, and the table has no such column: pass monitor= one of {', '.join(columns)}")
+                raise ValueError(f"{type(cb).__name__} monitors {cb.monitor!r}, and the table has no such column: "
+                                 f"pass monitor= one of {', '.join(columns)}")
 
     def after_epoch(self):
         super().after_epoch()
         if no_fit(self.learn): return
-        complete = len(self.values[-1])==len(self.metric_names)-1-self.add_time      # not in `validate`, nor in an epoch before `start_epoch`
+        # not in `validate`, nor in an epoch before `start_epoch`
+        complete = len(self.values[-1])==len(self.metric_names)-1-self.add_time
         for cb in self.paused: cb.run = True
         self.paused = [] if complete else [cb for cb in self.learn._grab_cbs(TrackerCallback) if cb.run]
         for cb in self.paused: cb.run = False
@@ -58,7 +63,7 @@ class ViewRecorder(Recorder):
         "Plot the training loss, and the validation loss where there is one"
         return super().plot_loss(skip_start, with_valid and 'valid_loss' in self.metric_names, **kwargs)
 
-# %% ../nbs/api/29_callbacks.ipynb #d7e87573
+# %% ../nbs/api/29_callbacks.ipynb #b4bfa448
 def _has_schedule(learn): return any(isinstance(cb, ParamScheduler) and 'lr' in cb.scheds for cb in learn.cbs)
 def _norms(model): return [m for m in model.modules() if isinstance(m, bn_types)]
 
@@ -72,7 +77,8 @@ _refused = [                                                     # name of a cla
     ('TensorBoardCallback', lambda cb,learn: cb.trace_model or cb.log_preds or cb.projector,
      "shows the model and its predictions as those of a classifier: pass trace_model=False, log_preds=False and projector=False"),
     ('ReduceLROnPlateau', lambda cb,learn: not no_fit(learn) and (isinstance(learn.opt, OptimWrapper) or _has_schedule(learn)),
-     "changes nothing here: a schedule sets the learning rate, or fastai's OptimWrapper hides it. Leave it out, or pass opt_func=Adam and call learn.fit"),
+     "changes nothing here: a schedule sets the learning rate, or fastai's OptimWrapper hides it. "
+     "Leave it out, or pass opt_func=Adam and call learn.fit"),
     ('FetchPredsCallback', lambda cb,learn: cb.dl is None and len(learn.dls[cb.ds_idx])==0,
      "predicts validation images, and there are none: pass ds_idx=0, or a dl"),
     ('BnFreeze', lambda cb,learn: getattr(learn.model, 'teacher', None) is not None,
@@ -83,7 +89,7 @@ _refused = [                                                     # name of a cla
 
 def _named(cb, name): return any(c.__name__==name for c in type(cb).__mro__)          # by name: TensorBoard need not be installed
 
-# %% ../nbs/api/29_callbacks.ipynb #aa01baf2
+# %% ../nbs/api/29_callbacks.ipynb #a4fd81c9
 def adapt_callbacks(
     learn:Learner # Learner at the beginning of a fit
 ):
@@ -91,24 +97,33 @@ def adapt_callbacks(
     has_valid = len(learn.dls.valid)>0
     for cb in learn.cbs:
         for own,adapted in ((Recorder,ViewRecorder),(ProgressCallback,_Table),(ShowGraphCallback,_Graph)):
-            if type(cb) is own: object.__setattr__(cb, '__class__', adapted)           # `no_bar` creates a new ProgressCallback each time
+            # `no_bar` creates a new ProgressCallback each time
+            if type(cb) is own: object.__setattr__(cb, '__class__', adapted)
         for name,when,why in _refused:
             if _named(cb, name) and when(cb, learn): raise ValueError(f"{type(cb).__name__} {why}")
         if not has_valid and vars(cb).get('monitor')=='valid_loss':
             cb.monitor = 'train_loss'
-            warnings.warn(f"{type(cb).__name__} monitors train_loss: there are no validation images, and so no valid_loss; unlabelled_dls(..., valid_pct=0.1) keeps some")
+            warnings.warn(f"{type(cb).__name__} monitors train_loss: "
+                          "there are no validation images, and so no valid_loss; "
+                          "unlabelled_dls(..., valid_pct=0.1) keeps some")
     if learn.splitter is dino_splitter and getattr(learn.opt, 'frozen_idx', 0)>0:
-        raise ValueError("freeze() would freeze biases and norms, for the parameter groups are those without and with weight decay: call learn.unfreeze(), and learn.continue_pretrain to train the head first")
+        raise ValueError("freeze() would freeze biases and norms, for the parameter groups are those without and "
+                         "with weight decay: call learn.unfreeze(), "
+                         "and learn.continue_pretrain to train the head first")
 
-# %% ../nbs/api/29_callbacks.ipynb #0ef63002
+# %% ../nbs/api/29_callbacks.ipynb #fb402f72
 class FeatureLoss:
-    "Loss function of a pretraining learner outside a fit: returns the predictions, which are features, and refuses to decode them into classes"
+    "Loss function of a pretraining learner outside a fit: returns predictions, which are features without classes"
     def __call__(self, pred, *yb, **kwargs): return pred
     def decodes(self, pred):
-        raise ValueError("the predictions of this learner are features, not classes: call learn.get_preds for features, knn_accuracy(learn, dls) for a classification, or finetune_learner for a classifier")
+        raise ValueError("the predictions of this learner are features, not classes: "
+                         "call learn.get_preds for features, knn_accuracy(learn, dls) for a classification, "
+                         "or finetune_learner for a classifier")
 
-# %% ../nbs/api/29_callbacks.ipynb #f99208b9
+# %% ../nbs/api/29_callbacks.ipynb #2344c4d1
 @dispatch
 def show_results(x:TensorImage, y:type(None), samples, outs, ctxs=None, max_n=10, **kwargs):
     "Raise a `ValueError`: images without labels have no results to compare with"
-    raise ValueError("images without labels have no results to show: call the show() of the method for crops, show_nearest for neighbours, or show_results of a finetune_learner")
+    raise ValueError("images without labels have no results to show: "
+                     "call the show() of the method for crops, show_nearest for neighbours, "
+                     "or show_results of a finetune_learner")

@@ -19,7 +19,7 @@ import timm
 from timm.models import register_model
 from .plain import *
 
-# %% ../nbs/api/02_encoders.ipynb #75f24d36
+# %% ../nbs/api/02_encoders.ipynb #69ae1229
 def create_encoder(
     arch:str|nn.Module, # timm model name, or a module that maps images to (bs, n_features)
     pretrained:bool=False, # Load timm's pretrained weights
@@ -32,7 +32,7 @@ def create_encoder(
     if not timm.is_model(arch):
         raise ValueError(f"timm has no model named {arch!r}: pass one of timm.list_models(), such as {_similar(arch)}")
     opts = dict(dynamic_img_size=True, drop_path_rate=drop_path_rate)
-    while True:                                                  # a constructor names the first option that it does not know
+    while True:  # a constructor names the first option that it does not know
         try:
             m = timm.create_model(arch, pretrained=pretrained, num_classes=0, in_chans=n_in, **merge(opts, kwargs))
             break
@@ -114,7 +114,7 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     opts = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
     return _with_cfg(timm.models.VisionTransformer(**merge(opts, _own(kwargs))), kwargs)
 
-# %% ../nbs/api/02_encoders.ipynb #a7a599b3
+# %% ../nbs/api/02_encoders.ipynb #1e068b73
 class ClassTokenAttention(timm.layers.Attention):
     "timm's attention, which can compute the first token alone: one query, and the keys and values of all tokens"
     def forward(self, x, *args, first=False, **kwargs):
@@ -146,7 +146,8 @@ def skip_unused_tokens(
     "Let a vision transformer that returns its class token compute only that in its last block; other encoders stay unchanged"
     if type(encoder) is not timm.models.VisionTransformer or not len(encoder.blocks): return encoder
     block  = encoder.blocks[-1]
-    plain  = type(block) is timm.models.vision_transformer.Block and type(block.attn) is timm.layers.Attention and getattr(block.attn, 'gate', None) is None
+    plain  = type(block) is timm.models.vision_transformer.Block and type(block.attn) is timm.layers.Attention
+    plain  = plain and getattr(block.attn, 'gate', None) is None
     pooled = encoder.global_pool=='token' and encoder.cls_token is not None and encoder.attn_pool is None
     if plain and pooled: encoder.__class__,block.__class__,block.attn.__class__ = ClassTokenViT,ClassTokenBlock,ClassTokenAttention
     return encoder
@@ -314,7 +315,7 @@ def encoder_of(
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
 
-# %% ../nbs/api/02_encoders.ipynb #050d4725
+# %% ../nbs/api/02_encoders.ipynb #48dd8254
 @contextmanager
 def _plain_attention(attn):
     was,attn.fused_attn = attn.fused_attn,False
@@ -403,7 +404,8 @@ def attention_maps(
                          f"not over its {h*w} patches: pass a timm vision transformer")
     r,c = query or (0,0)
     if not (0<=r<h and 0<=c<w):
-        raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: pass (0, 0) to ({h-1}, {w-1})")
+        raise ValueError(f"query={query}, but there are {h} rows and {w} columns of patches: "
+                         f"pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
 # %% ../nbs/api/02_encoders.ipynb #6582f125
@@ -457,7 +459,7 @@ def image_feature(
     if pool=='token' and not has_class_token(encoder): return 'first token'
     return _pools.get(pool, f'{pool} pooling')
 
-# %% ../nbs/api/02_encoders.ipynb #6d80f176
+# %% ../nbs/api/02_encoders.ipynb #5f9367ce
 def device_named(
     name:str|None # cpu, cuda, cuda:1, mps, ...; None: the GPU if there is one
 )->torch.device: # A device that this machine has
@@ -465,7 +467,8 @@ def device_named(
     try: dev = torch.device(ifnone(name, default_device()))
     except RuntimeError as e: raise ValueError(f"device {name!r}: pass cpu, cuda, cuda:1 or mps") from e
     if dev.type=='cpu': return dev
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None     # PyTorch may be built for a GPU that is missing
+    # PyTorch may be built for a GPU that is missing
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if here is None: raise ValueError(f"device {name!r}: this machine has no GPU; pass cpu")
     if here.type!=dev.type: raise ValueError(f"device {name!r}: this machine has {here.type}; pass {here.type}")
     n = torch.accelerator.device_count()

@@ -13,7 +13,7 @@ from fastprogress.fastprogress import progress_bar
 from .data import *
 from .encoders import *
 
-# %% ../nbs/api/06_features.ipynb #cc9a4e5b
+# %% ../nbs/api/06_features.ipynb #c8b3afd9
 def _own_names(encoder):
     "Names of an encoder's parameters, modules and saved buffers"
     return {*encoder._parameters, *encoder._modules, *(k for k in encoder._buffers if k not in encoder._non_persistent_buffers_set)}
@@ -31,7 +31,7 @@ def set_encoder_stats(
     mean, # Mean per channel, (C,)
     std # Standard deviation per channel, (C,)
 ):
-    "Store statistics in an encoder, as buffers that move with it and are not in its state dict: `mean` and `std`, or `norm_mean` and `norm_std` if it uses these names"
+    "Store statistics in an encoder, as buffers outside its state dict: `mean` and `std`, or `norm_mean` and `norm_std`"
     prefix = 'norm_' if _own_names(encoder) & {'mean','std'} else ''
     for k,v in ((f'{prefix}mean',mean),(f'{prefix}std',std)):
         v   = torch.as_tensor(v, dtype=torch.float32, device=device_of(encoder)).detach().flatten()
@@ -50,8 +50,9 @@ def norm_stats(
     enc = encoder_of(m)
     if stats := encoder_stats(enc): return stats
     cfg = getattr(enc, 'pretrained_cfg', None) or {}
-    fits = 'mean' in cfg and len(cfg['mean'])==getattr(enc, 'timm_args', {}).get('in_chans', len(cfg['mean']))         # timm's are for colour images
-    return (torch.tensor(cfg['mean']),torch.tensor(cfg['std'])) if fits else None
+    if 'mean' not in cfg: return None
+    n_in = getattr(enc, 'timm_args', {}).get('in_chans', len(cfg['mean']))           # timm's statistics are for colour images
+    return (torch.tensor(cfg['mean']),torch.tensor(cfg['std'])) if len(cfg['mean'])==n_in else None
 
 def dl_normalize(
     dl # DataLoader

@@ -204,5 +204,5 @@ def with_smaller_batches(
     learn.dls = DataLoaders(*new, path=dls.path, device=dls.device)
     acc = first(learn.cbs, lambda o: isinstance(o, GradientAccumulation))
     if acc is None: learn.add_cb(acc := GradientAccumulation(asked))
-    print(f"batches of {asked} do not fit in memory: using batches of {bs}, one optimizer step per {acc.n_acc} images")
+    print(f"batches of {asked} do not fit in memory: using batches of {bs}, one step per {acc.n_acc} images")
     return learn

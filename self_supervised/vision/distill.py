@@ -15,7 +15,7 @@ from ..checkpoints import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/39_vision.distill.ipynb #b992056a
+# %% ../../nbs/api/39_vision.distill.ipynb #0900927f
 @delegates(backbone_for, keep=True)
 def create_distill_model(
     arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
@@ -33,7 +33,7 @@ class Distill(MultiView):
     def __init__(self,
         aug_pipelines:list, # One callable per crop, see `get_dino_aug_pipelines`
         teacher:nn.Module, # Module that maps images to (bs, n_features)
-        teacher_stats:tuple|None=None, # Mean and std of the teacher's images; default: its own, see `norm_stats`, or images in [0,1] if it has none
+        teacher_stats:tuple|None=None, # Mean and std of the teacher's images; default: `norm_stats` of the teacher, or none
         loss:str='cosine', # Distance of features: 'cosine' or 'mse'
         **kwargs
     ):
@@ -50,7 +50,7 @@ class Distill(MultiView):
     def targets(self, batch):
         def column(t): return torch.as_tensor(t).to(batch.views[0])[:,None,None]
         m     = self.module
-        crops = [batch.views[i]*column(m.std)+column(m.mean) for i in self.large_crop_ids]                 # back to [0,1]
+        crops = [batch.views[i]*column(m.std)+column(m.mean) for i in self.large_crop_ids]  # back to [0,1]
         if self.teacher_stats is not None: crops = [(v-column(self.teacher_stats[0]))/column(self.teacher_stats[1]) for v in crops]
         batch.teacher_out = MultiCropWrapper(self.teacher)(crops)
         return super().targets(batch)
@@ -61,7 +61,7 @@ class Distill(MultiView):
 def distill_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
     arch:str|nn.Module, # Student: timm model name, a module that returns (bs, n_features), or the result of `create_distill_model`
-    teacher:str|nn.Module|Learner, # timm model name, whose pretrained weights are loaded, or a learner, model or encoder; it is not copied, and its weights stay unchanged
+    teacher:str|nn.Module|Learner, # timm model name to load with pretrained weights, or a learner, model or encoder; it stays frozen
     aug_pipelines:list|None=None, # One callable per crop; default: `get_dino_aug_pipelines` for the size of the images
     **kwargs
 )->Learner: # With `learn.distill` and monitors

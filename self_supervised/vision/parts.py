@@ -13,7 +13,7 @@ from ..objectives import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/38_vision.parts.ipynb #99f5392e
+# %% ../../nbs/api/38_vision.parts.ipynb #0a914228
 class KoLeo(Part):
     "Spread the features of a batch over the sphere (Sablayrolles et al. 2019; Oquab et al. 2024)"
     def __init__(self,
@@ -29,7 +29,8 @@ class KoLeo(Part):
         views = batch.feats.chunk(method.n_views)
         if len(views[0])<2:
             if self.training:
-                raise ValueError("KoLeo needs each image's nearest neighbour in the batch, and a batch of 1 has none: make the DataLoaders with bs=2 or more")
+                raise ValueError("KoLeo needs each image's nearest neighbour in the batch, "
+                                 "and a batch of 1 has none: make the DataLoaders with bs=2 or more")
             return views[0].new_zeros(())                        # the end of a validation set
         return sum(koleo(views[i]) for i in method.large_crop_ids)
 
@@ -62,7 +63,7 @@ def block_masks(
         mask |= block & ((bh<=h) & (bw<=w) & (new<=left))[:,None,None]
     return mask
 
-# %% ../../nbs/api/38_vision.parts.ipynb #43701a39
+# %% ../../nbs/api/38_vision.parts.ipynb #2f7d96bd
 class IBOT(Part):
     "Predict the teacher's output for masked patches (iBOT; Zhou et al. 2022)"
     def __init__(self,
@@ -74,15 +75,18 @@ class IBOT(Part):
         aspect:float=0.3 # Minimum height/width of a block; the maximum is 1/`aspect`
     ):
         store_attr('weight,mask_p,mask_ratio,min_patches,aspect')
-        if not 0<mask_p<=1: raise ValueError(f"mask_p={mask_p}: pass a fraction of the global crops, above 0 and up to 1")
+        if not 0<mask_p<=1:
+            raise ValueError(f"mask_p={mask_p}: pass a fraction of the global crops, above 0 and up to 1")
         if not 0<mask_ratio[0]<=mask_ratio[1]<1:
-            raise ValueError(f"mask_ratio={mask_ratio}: pass the minimum and the maximum fraction of patches, between 0 and 1")
+            raise ValueError(f"mask_ratio={mask_ratio}: pass the minimum and the maximum fraction of patches, "
+                             "between 0 and 1")
         self.head = head
 
     def attach(self, model):
         enc,p = encoder_of(model, 'student'),next(model.student.parameters())
         if not (has_tokens(enc) and all(hasattr(enc, o) for o in ('patch_embed','forward_head','num_prefix_tokens'))):
-            raise ValueError(f"IBOT masks patches, and {type(enc).__name__} has none: pass a timm vision transformer, such as vit_*, deit_* or eva*, or leave IBOT out")
+            raise ValueError(f"IBOT masks patches, and {type(enc).__name__} has none: "
+                             "pass a timm vision transformer, such as vit_*, deit_* or eva*, or leave IBOT out")
         if getattr(getattr(enc, 'patch_drop', None), 'prob', 0):
             raise ValueError("IBOT needs the tokens of all patches: make the encoder with patch_drop_rate=0")
         if isinstance(self.head, int): self.head = _with_prototypes(model.student[-1], self.head)
@@ -104,7 +108,8 @@ class IBOT(Part):
     def masks(self, views):
         sizes = {tuple(v.shape[-2:]) for v in views}
         if len(sizes)>1:
-            raise ValueError(f"IBOT needs global crops of one size, and these are of {sorted(sizes)} pixels: pass pipelines of one size, or other large_crop_ids")
+            raise ValueError(f"IBOT needs global crops of one size, and these are of {sorted(sizes)} pixels: "
+                             "pass pipelines of one size, or other large_crop_ids")
         h,w = (s//p for s,p in zip(views[0].shape[-2:], self.patch_size))
         masks = block_masks(sum(map(len, views)), h, w, self.mask_p, self.mask_ratio, self.min_patches, self.aspect)
         return masks.flatten(1).to(views[0].device)
@@ -115,20 +120,23 @@ class IBOT(Part):
         if self.training: method.accumulate(ibot_sum=sum_rows(logits), ibot_n=len(logits))
         return ibot_loss(student(batch.tokens[batch.masks]), method.target_of(logits, self.C), batch.masks, method.tps)
 
-    def logits_of(self, sizes, bs):                              # logits, softmax and gradient of the student, logits and targets of the teacher
+    def logits_of(self, sizes, bs):  # logits, softmax and gradient of the student, logits and targets of the teacher
         (ph,pw),n = self.patch_size,sizes.count(max(sizes))
         return round(7*self.C.shape[1]*n*bs*(max(sizes)//ph)*(max(sizes)//pw)*self.mask_p*sum(self.mask_ratio)/2)
 
     def after_step(self, method):
-        total,n = method.accumulated['ibot_sum'],self.C.new_tensor(method.accumulated['ibot_n'])           # ranks hide different numbers of patches
+        # ranks hide different numbers of patches
+        total,n = method.accumulated['ibot_sum'],self.C.new_tensor(method.accumulated['ibot_n'])
         self.C.copy_(update_center(self.C, sum_processes(total)/sum_processes(n), method.cmom))
 
 def _with_prototypes(head, n):
     "A copy of a `DINOHead` with `n` new prototypes"
     if not hasattr(head, 'last_layer'):
-        raise ValueError(f"head={n} copies the head of the images, and a {type(head).__name__} is not a DINOHead: pass a module as head")
+        raise ValueError(f"head={n} copies the head of the images, and a {type(head).__name__} is not a DINOHead: "
+                         "pass a module as head")
     new,last = deepcopy(head),head.last_layer
     d = last.weight.shape[1]
     new.out_dim = n
-    new.last_layer = WeightNormLinear(d, n, last.weight_g.requires_grad) if isinstance(last, WeightNormLinear) else nn.Linear(d, n, bias=False)
+    if isinstance(last, WeightNormLinear): new.last_layer = WeightNormLinear(d, n, last.weight_g.requires_grad)
+    else: new.last_layer = nn.Linear(d, n, bias=False)
     return new

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/34_vision.swav.ipynb #1bd32b5c
+# %% ../../nbs/api/34_vision.swav.ipynb #90d02d3a
 @delegates(get_dino_aug_pipelines)
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and local crops
@@ -84,7 +84,8 @@ class SwAV(MultiView):
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
         # With temp=0.05 the loss stayed at ln K on a thousand images; 0.025 learned with every learning rate that was tried.
-        d = merge(d, dict(bottleneck_dim=128, hidden_dim=2048, temp=.025 if n_images<100_000 else .05, queue_from=min(15, round(.15*epochs))))
+        temp,queue_from = .025 if n_images<100_000 else .05,min(15, round(.15*epochs))
+        d = merge(d, dict(bottleneck_dim=128, hidden_dim=2048, temp=temp, queue_from=queue_from))
         if n_images<5_000:  return AttrDict(merge(d, dict(out_dim=64, bottleneck_dim=64, hidden_dim=256, queue=0)))
         if n_images<20_000: return AttrDict(merge(d, dict(out_dim=300, queue=0)))
         return AttrDict(merge(d, dict(out_dim=3000, queue=0 if bs>=256 else min(3840,n_images//2), wd=(.05,.05))))
