@@ -144,7 +144,7 @@ def memory_error(
     new.need = need                                              # for commands, which name options instead
     return new
 
-# %% ../nbs/api/22_memory.ipynb #23b08f38
+# %% ../nbs/api/22_memory.ipynb #4a20eacb
 def largest_batch(
     fits:Callable, # Function of a number of images: whether a step with that batch fits
     bs:int # Requested batch size

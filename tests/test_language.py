@@ -99,15 +99,12 @@ def wrong(file):
             for m in p.finditer(text): yield kind,m[0],instead,re.sub(r'\s+', ' ', text[max(0,m.start()-40):m.end()+40])
         if kind in ('docstring','comment') and re.search(r'\w\?\s*$', text.split('\n')[0]): yield kind,'?','a statement, not a question',text[:80]
 
-REST = []                                                        # still to be rewritten, with nbs/api and examples
-
-REWRITTEN = '20_monitors 21_runs 22_memory 41_lab 43_explore 45_report'.split()                # notebooks of nbs/api
-
 def files():
     "Files whose texts are checked"
     nbs = [f for d in ('api','guides','experiments') for f in sorted((root/'nbs'/d).glob('*.ipynb'))]
-    pages = [root/o for o in ('README.md','CONTRIBUTING.md','CHANGELOG.md','benchmarks/results.md','examples/script.py')]
-    return [f for f in [*pages, *sorted((root/'benchmarks').glob('*.py')), *nbs] if f.relative_to(root).as_posix() not in REST]
+    pages = [root/o for o in ('README.md','CONTRIBUTING.md','CHANGELOG.md','benchmarks/results.md')]
+    examples = [f for ext in ('ipynb','md','py') for f in sorted((root/'examples').rglob(f'*.{ext}')) if '.ipynb_checkpoints' not in f.parts]
+    return [*pages, *sorted((root/'benchmarks').glob('*.py')), *nbs, *examples]
 
 @pytest.mark.parametrize('file', files(), ids=lambda f: f.relative_to(root).as_posix())
 def test_texts_are_plain_technical_english(file):

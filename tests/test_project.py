@@ -125,9 +125,6 @@ def test_library_lines_have_at_most_140_characters():
     found = {p.relative_to(root/'self_supervised').as_posix(): long_lines(p.read_text(encoding='utf-8').splitlines(), 140) for p in files}
     assert len(found)>30 and {f:o for f,o in found.items() if o}=={}
 
-# Pages that are still to be reformatted
-WIDE_PAGES = 'experiments/50_ablation_digits.ipynb guides/40_other_images.ipynb guides/50_pretrained_weights.ipynb'.split()
-
 def shown(cell):
     "Lines of code and of text output of a cell that its page shows; exported cells are folded"
     src = ''.join(cell['source'])
@@ -139,10 +136,27 @@ def shown(cell):
     return code + '\n'.join(texts).splitlines()
 
 def test_shown_code_and_output_have_at_most_88_characters():
-    found = {p.relative_to(root/'nbs').as_posix(): long_lines([l for c in json.loads(p.read_text())['cells'] for l in shown(c)], 88) for p in nbs}
-    assert len(found)>60 and {f:o for f,o in found.items() if o and f not in WIDE_PAGES}=={}
+    pages = [*nbs, *sorted((root/'examples').glob('*.ipynb'))]
+    found = {p.relative_to(root).as_posix(): long_lines([l for c in json.loads(p.read_text())['cells'] for l in shown(c)], 88) for p in pages}
+    assert len(found)>60 and {f:o for f,o in found.items() if o}=={}
 
 def test_long_lines_are_found():
     code = dict(cell_type='code', source=['#| echo: false\n','x = 1'], outputs=[dict(text=['ab\n','cde'])])
     assert shown(code)==['ab','cde'] and long_lines(shown(code), 2)==['cde']
     assert shown(code | dict(source=['x = 1']))==['x = 1','ab','cde'] and shown(code | dict(source=['#| export\n','x = 1']))==[]
+
+# Pictures
+
+def without_alt(cells):
+    "Sources of the cells that saved a picture and have no `#| fig-alt`"
+    pictures = [c for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
+    return [s[-60:] for s in (''.join(c['source']) for c in pictures) if not re.search(r'^#\|\s*fig-alt:\s*\w.{15}', s, re.M)]
+
+def test_every_saved_picture_has_an_alt_text():
+    pages = [*nbs, *sorted((root/'examples').glob('*.ipynb'))]
+    assert {p.name: o for p in pages if (o := without_alt(json.loads(p.read_text())['cells']))}=={}
+
+def test_a_missing_alt_text_is_found():
+    cell = dict(source=['plot()'], outputs=[dict(data={'image/png':''})])
+    assert without_alt([cell])==['plot()'] and without_alt([cell | dict(outputs=[])])==[]
+    assert without_alt([cell | dict(source=['#| fig-alt: Accuracy of three networks\n','plot()'])])==[]

@@ -34,7 +34,7 @@ def documented(f, src):
 
 def symbols(src, mod):
     "Names that an exported cell defines and that have an entry: public functions, classes and their documented methods, patched methods, other names of `__all__`"
-    def public(names): return [n for n in names if not n.startswith('_')]
+    def public(names): return [n for n in dict.fromkeys(names) if not n.startswith('_')]
     for o in ast.parse(src).body:
         if isinstance(o, ast.Assign): yield from (t.id for t in o.targets if isinstance(t, ast.Name) and t.id in mod.__all__)
         if isinstance(o, (ast.FunctionDef,ast.ClassDef)): yield from public(L(showdoc_nm(o)))
@@ -77,12 +77,12 @@ def comments(o):
     return res if to is None else {n:d for n,d in comments(to).items() if d and not (n in res and res[n])} | {n:d for n,d in res.items() if d}
 
 def parameters(o):
-    "The table of the parameters of `o` and of the value that it returns; empty where none is documented"
+    "The table of the documented parameters of `o` and of the value that it returns; the signature has the others"
     def row(*cells): return f"| {' | '.join(cells)} |"
     def code(s): return f'`{s}`' if s else ''
     dm,said = DocmentText(o).dm,comments(o)
-    names = [n for n in dm if n!='self' and (n!='return' or anno(dm[n]) or said.get(n))]
-    if not any(anno(dm[n]) or said.get(n) for n in names): return ''
+    names = [n for n in dm if n!='self' and said.get(n)]
+    if not names: return ''
     rows = [row('**Returns**' if n=='return' else code(n), code(anno(dm[n])), code(default(dm[n])), said.get(n, '')) for n in names]
     return '\n'.join(['<div class="parameters" markdown>', '', row('Name','Type','Default','Details'), row(*['---']*4), *rows, '', '</div>'])
 
@@ -141,7 +141,7 @@ def entry(name, mod):
     if callable(f):
         if url := source_url(f): res.append(f'[source]({url}){{ .source }}')
         if f is o: res.append(f"```python\n{signature(name.split('.')[-1], o)}\n```")
-        res += [docstring(f), parameters(o) if f is o else '']
+        res += [(docstring(f) or '').split('\n\n---')[0], parameters(o) if f is o else '']     # of functions with dispatch the first
     return '\n\n'.join(r for r in res if r)
 
 # Links

@@ -1,4 +1,4 @@
-"""The project's own loop in plain PyTorch; borrowed: the loss, and how its centre moves.
+"""Pretrain `LeafNet` with a training loop in plain PyTorch; the loss and the update of its centre are from self_supervised.
 
     python -m leaves.loop SCANS leaf.pth
 """
@@ -11,17 +11,17 @@ from leaves.pretrain import STATS, LeafNet, scans
 from self_supervised.objectives import dino_loss, update_center
 
 def view(size, scale):
-    "A random crop of a batch; all images of a batch share its box, as in any transform of torchvision"
+    "Create a random crop, normalised; all images of a batch have the same crop box, as in torchvision"
     return v2.Compose([v2.RandomResizedCrop(size, scale, antialias=True), v2.ColorJitter(.4, .4), v2.Normalize(*STATS)])
 
 def train(folder, file, epochs=2, lr=1e-3, K=256, momentum=.98):
-    "Train a `LeafNet` on the images below `folder`, and write its weights to `file`; returns the loss of each step"
+    "Train a `LeafNet` on the images in `folder`, write its weights to `file`, and return the loss of each step"
     batches = scans(folder).train
     if not len(batches): raise ValueError(f"{folder} has too few scans for a batch")
     student = nn.Sequential(LeafNet(), nn.Linear(64, 256), nn.BatchNorm1d(256), nn.GELU(), nn.Linear(256, K)).to(batches.device)
     teacher = deepcopy(student).requires_grad_(False)
     opt     = torch.optim.AdamW(student.parameters(), lr, weight_decay=.04)
-    views   = [view(16, (.5,1.))]*2 + [view(8, (.3,.7))]*2       # those that the teacher sees come first
+    views   = [view(16, (.5,1.))]*2 + [view(8, (.3,.7))]*2       # global crops first: the teacher receives them
     center,losses = torch.zeros(1, K, device=batches.device),[]
     for _ in range(epochs):
         for x, in batches:
