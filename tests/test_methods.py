@@ -108,3 +108,10 @@ def test_settings_follow_what_a_loss_sees_and_what_a_step_sees():
         learn.continue_pretrain(2)
         learn.pretrain(1)
     assert [h['wd'] for h in learn.opt.hypers]==[0.,5e-4]*4      # a convnet; biases and norms are not decayed
+
+@pytest.mark.parametrize('name', [*methods, 'distill'])
+def test_errors_name_a_function_that_exists(name):
+    import self_supervised.all as everything
+    from self_supervised.vision.core import learner_name
+    method = methods.get(name, everything.Distill)
+    assert callable(getattr(everything, learner_name(method))) and learner_name(method).endswith('_learner')
