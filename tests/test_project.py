@@ -126,8 +126,11 @@ def test_library_lines_have_at_most_140_characters():
     assert len(found)>30 and {f:o for f,o in found.items() if o}=={}
 
 def shown(cell):
-    "Lines of code and of text output of a cell that its page shows; exported cells are folded"
+    "Lines of code and of text output of a cell that its page shows, also of code in Markdown; exported cells are folded"
     src = ''.join(cell['source'])
+    if cell['cell_type']=='markdown':
+        fenced = re.findall(r'^```\w*\n(.*?)^```$', src, re.M|re.S)
+        return [l for o in [*fenced, *re.findall(r'^ {4}(.*)$', src, re.M)] for l in o.splitlines()]
     if cell['cell_type']!='code' or re.search(r'^#\|\s*(hide|default_exp|export\w*)\b', src, re.M): return []
     code  = [] if re.search(r'^#\|\s*echo:\s*false', src, re.M) else [l for l in src.splitlines() if not l.startswith('#|')]
     texts = [''.join(o.get('text', '')) for o in cell['outputs']]
@@ -143,6 +146,7 @@ def test_shown_code_and_output_have_at_most_88_characters():
 def test_long_lines_are_found():
     code = dict(cell_type='code', source=['#| echo: false\n','x = 1'], outputs=[dict(text=['ab\n','cde'])])
     assert shown(code)==['ab','cde'] and long_lines(shown(code), 2)==['cde']
+    assert shown(dict(cell_type='markdown', source=['a\n\n','    b\n\n','```python\n','c\n','```']))==['c','b']
     assert shown(code | dict(source=['x = 1']))==['x = 1','ab','cde'] and shown(code | dict(source=['#| export\n','x = 1']))==[]
 
 # Pictures

@@ -55,8 +55,10 @@ def default(p): return '' if (d := p.get('default', inspect._empty)) is inspect.
 def signature(name, o):
     "How `o` is called, on one line if it fits"
     doc = DocmentText(o)
-    ps  = [re.sub(r'^(\w+:)([^=]+)', lambda m: m[1]+short(m[2]), p) for p,_ in doc.params]
+    events = getattr(o, '_methods', ())                          # of a callback of fastai, which takes each event as an argument
+    ps  = [re.sub(r'^(\w+:)([^=]+)', lambda m: m[1]+short(m[2]), p) for p,_ in doc.params if re.match(r'\w*', p)[0] not in events]
     ret = f' -> {r}' if (r := anno(doc.dm.get('return', {}))) else ''
+    if ps[-1:]==['*']: ps.pop()
     line = f"{name}({', '.join(ps)}){ret}"
     return line if len(line)<80 else f'{name}(\n' + ''.join(f'    {p},\n' for p in ps) + f'){ret}'
 
