@@ -74,7 +74,7 @@ def test_memory_of_many_files():
 
 @pytest.mark.slow
 def test_memory_of_many_files_in_processes():
-    rows = {r['who']: r for r in files.rows(200_000)}
+    rows = {r['who']: r for r in files.rows(500_000)}            # fixed memory of a worker counts less with more files
     assert rows['ours']['bytes/file']<100 and rows['ours']['bytes/file and worker']<10, rows['ours']
     assert rows['plain']['bytes/file']>200 and rows['fastai']['bytes/file and worker']>100
 
