@@ -206,7 +206,9 @@ def result(o, file, alt):
         file.write_bytes(base64.b64decode(data['image/png']))
         size = ' '.join(f'{k}={v}' for k,v in o.get('metadata', {}).get('image/png', {}).items())
         return f'![{alt}](img/{file.name}){{ .picture {size} }}'
-    if 'text/html' in data: return re.sub(r'<style.*?</style>| border="1" class="dataframe"|\n', '', ''.join(data['text/html']), flags=re.S)
+    if 'text/html' in data:
+        table = re.sub(r'<style.*?</style>| border="1" class="dataframe"|\n', '', ''.join(data['text/html']), flags=re.S)
+        return re.sub(r'<td>(?=[\d.]+ ± [\d.]+</td>)', '<td class="number">', table)
     return re.sub(r'\A```$', '``` { .text .output }', output(o), count=1, flags=re.M)
 
 def subtitled(md, mod):
