@@ -73,6 +73,7 @@ def test_an_entry_says_what_the_code_says(pages):
     patched = table('api/vision.dino.html', 'learner.fit_dino')
     assert [r[0] for r in patched[1:]]==['n_epoch','lr','lr_min','warmup_epochs','wd','scale_lr','start_epoch','cbs']
     assert patched[4][1]=='float | None'
+    assert patched[2][1]=='float | slice | ndarray | None'
 
 def test_a_command_has_a_table_of_options_per_group(pages):
     from self_supervised.cli.train import dino_train

@@ -186,7 +186,8 @@ def load(file):
     nb.process()
     cells = [c for c in nb.nb.cells if c.source.strip()]
     title,said = re.match(r'# (.+)(?:\n+> (.+))?', cells[0].source).groups()
-    return SimpleNamespace(file=file, path=nbpath2html(file.relative_to(root/'nbs')).with_suffix('.md').as_posix(), mod=mod, cells=cells, title=title, said=said,
+    place = file.relative_to(root/'nbs') if file.is_relative_to(root/'nbs') else Path('guides')/file.name                       # an example is a guide
+    return SimpleNamespace(file=file, path=nbpath2html(place).with_suffix('.md').as_posix(), mod=mod, cells=cells, title=title, said=said,
                            symbols=[s for c in cells if 'export' in c.directives_ for s in symbols(c.source, mod)])
 
 def exported(c, mod):
@@ -206,7 +207,9 @@ def result(o, file, alt):
         file.write_bytes(base64.b64decode(data['image/png']))
         size = ' '.join(f'{k}={v}' for k,v in o.get('metadata', {}).get('image/png', {}).items())
         return f'![{alt}](img/{file.name}){{ .picture {size} }}'
-    if 'text/html' in data: return re.sub(r'<style.*?</style>| border="1" class="dataframe"|\n', '', ''.join(data['text/html']), flags=re.S)
+    if 'text/html' in data:
+        table = re.sub(r'<style.*?</style>| border="1" class="dataframe"|\n', '', ''.join(data['text/html']), flags=re.S)
+        return re.sub(r'<td>(?=[\d.]+ ± [\d.]+</td>)', '<td class="number">', table)
     return re.sub(r'\A```$', '``` { .text .output }', output(o), count=1, flags=re.M)
 
 def subtitled(md, mod):
@@ -237,6 +240,7 @@ GUIDES = {                                                      # in the order o
     'Get started': ['installation','quick_start','how_dino_works','faq'],
     'Guides':      {'Train':   ['plan_a_run','choose_a_method','troubleshooting','other_images','distributed','experiment_tracking'],
                     'Use':     ['evaluate','explore_a_folder','pretrained_weights','classifier','recipes'],
+                    'Extend':  ['own_method'],
                     'Migrate': ['migrate','comparison']}}
 LOOK_UP = ['run_directory','hyperparameters','security']         # guides that are reference tables
 MODULES = {'Data and augmentation': (0,1), 'Models': (2,3), 'Losses and schedules': (4,5), 'Features, weights, distributed': (6,9), 'Evaluation': (10,19),
@@ -307,7 +311,7 @@ def files():
     "The pages of the site in their order"
     nbs = root/'nbs'
     notebooks = [o for d in ('guides','experiments','api') for o in sorted((nbs/d).glob('[0-9]*.ipynb'))]
-    return [nbs/'index.ipynb', *notebooks, root/'benchmarks'/'results.md', root/'CHANGELOG.md', root/'CONTRIBUTING.md']
+    return [nbs/'index.ipynb', *notebooks, root/'examples'/'own_method.ipynb', root/'benchmarks'/'results.md', root/'CHANGELOG.md', root/'CONTRIBUTING.md']
 
 def build(dest):
     "The site in the folder `dest`"
