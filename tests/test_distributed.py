@@ -3,6 +3,8 @@ import json, socket, subprocess, sys
 import pytest
 from fastai.vision.all import *
 from self_supervised.vision.dino import *
+import processes
+from processes import Forked
 from helpers import *
 
 TRAIN = """
@@ -24,8 +26,8 @@ def free_port():
 def launch(tmp_path, n, body, check=True):
     "Run `body` in n processes with the variables that torchrun sets; what each leaves in `out`"
     code = TRAIN.format(tests=str(Path(__file__).parent), out=str(tmp_path), body=body)
-    env  = os.environ | dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), OMP_NUM_THREADS='1')
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env=env|dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
+    env  = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    ps = [Forked(processes.code, code, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)]
     outs = [p.communicate(timeout=240) for p in ps]
     if check: assert [p.returncode for p in ps]==[0]*n, outs[0][1][-3000:]+outs[-1][1][-3000:]
     return ps,outs

@@ -2,6 +2,7 @@
 import re, subprocess, sys
 from pathlib import Path
 from self_supervised.data import digits_path
+import processes
 
 EXAMPLE = '''
 import matplotlib; matplotlib.use('agg')
@@ -49,6 +50,5 @@ def test_the_readme_runs_as_it_stands(tmp_path):
         code = code.replace(a, b)
     digits_path(tmp_path/'images')
     (tmp_path/'readme.py').write_text("import matplotlib; matplotlib.use('agg')\n"+code)
-    r = subprocess.run([sys.executable, 'readme.py'], cwd=tmp_path, capture_output=True, text=True)
-    assert r.returncode==0, r.stderr[-2000:]
-    assert (tmp_path/'encoder.safetensors').exists() and 'timm.create_model(' in r.stdout
+    out,_ = processes.run(processes.script, tmp_path/'readme.py', cwd=tmp_path)
+    assert (tmp_path/'encoder.safetensors').exists() and 'timm.create_model(' in out

@@ -2,6 +2,7 @@
 import ast, importlib, json, os, re, runpy, subprocess, sys, tomllib
 from pathlib import Path
 import torch
+import processes
 from self_supervised.checkpoints import load_encoder
 from self_supervised.data import digits_path
 
@@ -14,9 +15,8 @@ def test_the_script_trains_and_resumes(tmp_path):
     "It ends in `learn.fit`, and leaves a run like any other"
     script = examples/'script.py'
     assert script.read_text().rstrip().splitlines()[-1].lstrip().startswith('learn.fit(')
-    env = os.environ|dict(PYTHONPATH=str(root), OMP_NUM_THREADS='1')
-    r = subprocess.run([sys.executable, '-W', 'ignore', script, '--epochs', '1', '--out', 'run'], cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert r.returncode==0 and 'knn' in r.stdout, r.stderr[-3000:]
+    out,err = processes.run(processes.script, script, '--epochs', '1', '--out', 'run', cwd=tmp_path)
+    assert 'knn' in out, err[-3000:]
     assert epochs_of(tmp_path/'run')==1
     runpy.run_path(str(script))['main'](out=tmp_path/'run', epochs=2, resume=True)
     assert epochs_of(tmp_path/'run')==2
@@ -60,8 +60,8 @@ def test_examples_import_public_names_only():
 def test_the_notebook_of_an_own_method(tmp_path):
     "It runs anew, and is committed clean, with its picture and tables"
     nb,bin_ = examples/'own_method.ipynb',Path(sys.executable).parent
-    r = subprocess.run([bin_/'nbdev-test', nb.relative_to(root)], cwd=root, capture_output=True, text=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
-    assert r.returncode==0 and 'Success' in r.stdout, r.stderr[-3000:]
+    out,err = processes.run(processes.script, bin_/'nbdev-test', nb.relative_to(root), cwd=root)
+    assert 'Success' in out, err[-3000:]
     outs = [o for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code' for o in c['outputs']]
     assert any('image/png' in o.get('data', {}) for o in outs)
     assert not re.search(rf'Warning: |{re.escape(str(root))}', json.dumps(outs))

@@ -1,9 +1,10 @@
 "From files to the device: images that are opened once, in memory or shrunk in a folder, train as files do"
-import contextlib, json, pytest, signal, subprocess, sys, warnings
+import contextlib, json, pytest, signal, warnings
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import run_command
 from self_supervised.cli.prepare import dino_prepare
+import processes
 from helpers import *
 from test_distributed import launch
 from test_images import bytes_of_good, good_files, mixed_folder, write
@@ -75,8 +76,6 @@ def test_workers_that_open_images_for_memory_name_bad_files(tmp_path):
         assert sorted(Path(json.loads(l)['path']).name for l in (tmp_path/f'run{n}'/'bad_files.jsonl').open())==['bad0.png','bad1.png','bad2.png']
         assert dls.train_ds.x.flatten(1).any(1).all()
 
-def prepare(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli.prepare import prepare_main; prepare_main()', *map(str, args)]
-
 def tree(d): return {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file()}
 
 @pytest.mark.parametrize('sig', [signal.SIGKILL,pytest.param(signal.SIGINT,marks=pytest.mark.slow),pytest.param(signal.SIGTERM,marks=pytest.mark.slow)])
@@ -87,7 +86,7 @@ def test_dino_prepare_goes_on_where_it_was_stopped(sig, tmp_path, capfd):
         (d/f'{i%3}').mkdir(parents=True, exist_ok=True)
         photo.rotate(i).save(d/f'{i%3}'/f'{i}.png', compress_level=0)
     (d/'bad.jpg').write_bytes(b'')
-    p = subprocess.Popen(prepare(d, out, '--size', 32, '--num-workers', 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = processes.Forked(processes.command, 'self_supervised.cli.prepare:prepare_main', d, out, '--size', 32, '--num-workers', 2)
     while len(list(out.rglob('*.png')))<4 and p.poll() is None: time.sleep(.01)
     p.send_signal(sig)
     _,err = p.communicate(timeout=60)

@@ -6,7 +6,10 @@ from self_supervised.cli import dino_train, run_command
 from self_supervised.vision.dino import *
 from self_supervised.vision.parts import *
 from self_supervised.vision.continued import *
+import processes
 from helpers import *
+
+TRAIN = 'self_supervised.cli:main'
 
 class StopAfter(Callback):
     order = 200
@@ -55,21 +58,22 @@ def test_parts_are_resumed_within_a_step(tmp_path):
 
 def test_a_killed_process_goes_on(tmp_path):
     "The command line, killed without warning while it trains, ends where a run at one go ends"
-    cmd = [sys.executable, '-c', 'from self_supervised.cli import main; main()', '--epochs', '4', '--local-crops-number', '1', '--batch-size-per-gpu', '256', '--seed', '3']
-    subprocess.run(cmd+['--out', tmp_path/'whole'], check=True, capture_output=True)
-    p = subprocess.Popen(cmd+['--out', tmp_path/'cut'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    args = ('--epochs', 4, '--local-crops-number', 1, '--batch-size-per-gpu', 256, '--seed', 3)
+    processes.run(processes.command, TRAIN, *args, '--out', tmp_path/'whole')
+    p = processes.Forked(processes.command, TRAIN, *args, '--out', tmp_path/'cut')
     for _ in range(600):
         time.sleep(.1)
         if (tmp_path/'cut'/'history.csv').exists() and len((tmp_path/'cut'/'history.csv').read_text().splitlines())>=3: break
     p.send_signal(signal.SIGKILL)
-    p.wait()
-    subprocess.run(cmd+['--out', tmp_path/'cut', '--resume'], check=True, capture_output=True)
+    assert p.wait()==-signal.SIGKILL
+    processes.run(processes.command, TRAIN, *args, '--out', tmp_path/'cut', '--resume')
     a,b = (torch.load(tmp_path/o/'checkpoint.pth', weights_only=True)['model'] for o in ('whole','cut'))
     assert all(torch.equal(v, b[k]) for k,v in a.items())
     ha,hb = (pd.read_csv(tmp_path/o/'history.csv').drop(columns='time') for o in ('whole','cut'))
     pd.testing.assert_frame_equal(ha, hb)
 
-def _command(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', '--local-crops-number', '1', '--batch-size-per-gpu', '256', '--seed', '3', *map(str, args)]
+def _options(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--seed', '3', *map(str, args)]
+def _command(*args): return [sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', *_options(*args)]
 
 def _cut_and_resume(tmp_path, whole, delay, *args, times=1):
     "A run that is killed `times` times, each after a moment of its own, against the weights and history of one at one go"
@@ -105,10 +109,12 @@ def test_killed_at_fifty_moments(tmp_path, folder, workers):
     rng = random.Random(workers)
     for i in range(5): _cut_and_resume(tmp_path/str(i), tmp_path/'whole', lambda: rng.uniform(4,16), *args, times=5)
 
-@pytest.mark.parametrize('sig,code', [(signal.SIGTERM,130),(signal.SIGINT,130)])
-def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code):
-    p = subprocess.Popen(_command('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))          # a shell's background jobs ignore Ctrl-C
+def _new(args):    return subprocess.Popen(_command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def _forked(args): return processes.Forked(processes.command, TRAIN, *_options(*args))
+
+@pytest.mark.parametrize('sig,code,start', [(signal.SIGTERM,130,_new),(signal.SIGINT,130,_forked)])
+def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code, start):
+    p = start(('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini'))
     for _ in range(600):
         time.sleep(.1)
         if (tmp_path/'checkpoint.pth').exists(): break
@@ -118,10 +124,10 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code):
     assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch']>=1
 
 def test_a_run_ends_in_time_and_goes_on(tmp_path):
-    out = subprocess.run(_command('--out', tmp_path, '--epochs', '500', '--max-hours', 12/3600), check=True, capture_output=True, text=True).stdout
+    out,_ = processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', '500', '--max-hours', 3/3600))
     n = len(pd.read_csv(tmp_path/'history.csv'))
     assert 'the same command with --resume continues' in out and 1<=n<500 and not (tmp_path/'encoder.safetensors').exists()
-    subprocess.run(_command('--out', tmp_path, '--epochs', n+1, '--resume'), check=True, capture_output=True)
+    processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', n+1, '--resume'))
     assert len(pd.read_csv(tmp_path/'history.csv'))==n+1 and (tmp_path/'encoder.safetensors').exists()
 
 def _quick(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', *map(str, args)]

@@ -6,6 +6,7 @@ from self_supervised.vision.dino import *
 from self_supervised.vision.core import *
 from self_supervised.features import *
 from self_supervised.callbacks import *
+import processes
 from helpers import *
 
 def learner(n=16, bs=4, cbs=None, opt_func=Adam, shuffle=False, path=None, model=None, **kwargs):
@@ -292,7 +293,6 @@ def test_the_readme_of_the_design_runs():
     assert model.student(x_large+x_small).shape==(12,1024)
 
 TWO = """
-import sys; sys.path.insert(0, {tests!r})
 from helpers import *
 import torch.distributed as dist
 rank = int(os.environ['RANK'])
@@ -303,9 +303,7 @@ torch.save(learn.model.C, '{store}.%d' % rank)
 """
 
 def test_the_centre_is_that_of_all_processes(tmp_path):
-    import subprocess, sys
-    code = TWO.format(tests=str(Path(__file__).parent), store=tmp_path/'store')
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'RANK':str(r), 'WORLD_SIZE':'2'}) for r in (0,1)]
+    ps = [processes.Forked(processes.code, TWO.format(store=tmp_path/'store'), RANK=str(r), WORLD_SIZE='2') for r in (0,1)]
     assert [p.wait(120) for p in ps]==[0,0]
     c0,c1 = (torch.load(f'{tmp_path}/store.{r}') for r in (0,1))
     model,C = mlp_model(),torch.zeros(1,7)
