@@ -1,8 +1,9 @@
 "Processes for tests: each is forked from one server per test worker, which has imported the library, so that the imports are paid for once"
 import multiprocessing, os, runpy, signal, subprocess, sys, tempfile, warnings
 
-FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(['self_supervised.all','self_supervised.cli.train','fastai.distributed'])
+HAS_SERVER = 'forkserver' in multiprocessing.get_all_start_methods()              # not on Windows
+FORKS = multiprocessing.get_context('forkserver' if HAS_SERVER else 'spawn')
+if HAS_SERVER: FORKS.set_forkserver_preload(['self_supervised.all','self_supervised.cli.train','fastai.distributed'])
 
 def code(src):
     "Run `src` as a program"
