@@ -1,5 +1,5 @@
 "Several processes on one machine, against one process with the joint batch"
-import json, socket, subprocess, sys
+import socket, sys
 import pytest
 from fastai.vision.all import *
 from self_supervised.vision.dino import *
@@ -23,14 +23,17 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
-def launch(tmp_path, n, body, check=True):
-    "Run `body` in n processes with the variables that torchrun sets; what each leaves in `out`"
-    code = TRAIN.format(tests=str(Path(__file__).parent), out=str(tmp_path), body=body)
-    env  = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
-    ps = [Forked(processes.code, code, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)]
+def start(n, f, *args, check=True):
+    "`f(*args)` in n processes with the variables that torchrun sets: the processes, and what each printed"
+    env = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    ps  = [Forked(f, *args, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)]
     outs = [p.communicate(timeout=240) for p in ps]
     if check: assert [p.returncode for p in ps]==[0]*n, outs[0][1][-3000:]+outs[-1][1][-3000:]
     return ps,outs
+
+def launch(tmp_path, n, body, check=True):
+    "Run `body`, which leaves files in `out`, in n processes with the variables that torchrun sets"
+    return start(n, processes.code, TRAIN.format(tests=str(Path(__file__).parent), out=str(tmp_path), body=body), check=check)
 
 FIT = """
 dls   = row_dls(26, {bs}, shuffle=True, n_valid=4)
@@ -115,14 +118,14 @@ def test_all_stop_where_one_loses_its_loss(tmp_path):
     assert not (tmp_path/'nonfinite.pth').exists() and rep['epoch']==0 and rep['temperatures']['tps']==.1 and len(rep['views'])==3
 
 def test_the_command_runs_under_torchrun(tmp_path):
-    "Two processes, a resumption, one set of files"
-    cmd = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()), str(Path(sys.executable).parent/'dino_train'),
-           '--local-crops-number', '1', '--batch-size-per-gpu', '64', '--out', str(tmp_path)]
-    for args,n in ((('--epochs','1'),1), (('--epochs','2','--resume'),2)):
-        r = subprocess.run(cmd+list(args), capture_output=True, text=True, timeout=120, env=os.environ|dict(OMP_NUM_THREADS='1'))
-        assert r.returncode==0, r.stderr[-3000:]
-        assert 'batches of 64 on each of 2 ranks' in r.stdout and r.stdout.count('encoder: ')==1
+    "Two processes, a resumption, one set of files; the resumption has the variables of torchrun without its start"
+    args = ['--local-crops-number', '1', '--batch-size-per-gpu', '64', '--out', str(tmp_path), '--epochs']
+    def check(out, n):
+        assert 'batches of 64 on each of 2 ranks' in out and out.count('encoder: ')==1
         assert len(pd.read_csv(tmp_path/'history.csv'))==n
+    run = ['--nproc-per-node', '2', '--master-port', str(free_port()), str(Path(sys.executable).parent/'dino_train')]
+    check(processes.run(processes.module, 'torch.distributed.run', *run, *args, 1)[0], 1)
+    check(''.join(out for out,_ in start(2, processes.command, 'self_supervised.cli:main', *args, 2, '--resume')[1]), 2)
     assert len(torch.load(tmp_path/'checkpoint.pth', weights_only=True)['random'])==2 and (tmp_path/'encoder.safetensors').exists() and (tmp_path/'table.csv').exists()
 
 PARTS = """
