@@ -18,7 +18,7 @@ from .plain import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/api/07_checkpoints.ipynb #ac959163
+# %% ../nbs/api/07_checkpoints.ipynb #bfb13176
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -169,7 +169,7 @@ def _fill(encoder, state, meta, file):
         reason, = str(e).splitlines()[1:2] or [first_line(e)]    # PyTorch's first line has only the name of the class
         raise ValueError(f"{file} does not fit the {type(encoder).__name__}, and nothing was loaded ({reason.strip()}): "
                          "create the encoder with the arguments of the exported one") from e
-    for k,v in stats.items(): setattr(encoder, k, v)
+    if len(stats)==2: set_encoder_stats(encoder, **stats)
     return encoder.eval()
 
 def load_encoder(

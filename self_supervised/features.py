@@ -13,42 +13,41 @@ from fastprogress.fastprogress import progress_bar
 from .data import *
 from .encoders import *
 
-# %% ../nbs/api/06_features.ipynb #c8b3afd9
-def _own_names(encoder):
-    "Names of an encoder's parameters, modules and saved buffers"
-    return {*encoder._parameters, *encoder._modules, *(k for k in encoder._buffers if k not in encoder._non_persistent_buffers_set)}
+# %% ../nbs/api/06_features.ipynb #7be4e1cc
+def _flat(x):
+    "A tensor with one number per channel, (C,) or (1,C,1,1), as (C,); None for anything else"
+    return x.flatten() if isinstance(x, Tensor) and x.numel()==max(x.shape, default=0) else None
 
 def encoder_stats(
     encoder:nn.Module # Module that maps images to (bs, n_features)
 )->tuple|None: # Mean and standard deviation, (C,) each; None if it has none
-    "Return the statistics that are stored in an encoder"
+    "Return the statistics that are stored in an encoder: those of `set_encoder_stats`, or its own `mean` and `std`"
     for names in (('norm_mean','norm_std'),('mean','std')):
-        stats = tuple(getattr(encoder, k, None) for k in names)
-        if all(isinstance(o, Tensor) for o in stats): return stats
+        mean,std = (_flat(getattr(encoder, k, None)) for k in names)
+        if mean is not None and std is not None: return mean,std
 
 def set_encoder_stats(
     encoder:nn.Module, # Module that maps images to (bs, n_features)
     mean, # Mean per channel, (C,)
     std # Standard deviation per channel, (C,)
 ):
-    "Store statistics in an encoder, as buffers outside its state dict: `mean` and `std`, or `norm_mean` and `norm_std`"
-    prefix = 'norm_' if _own_names(encoder) & {'mean','std'} else ''
-    for k,v in ((f'{prefix}mean',mean),(f'{prefix}std',std)):
+    "Store statistics in an encoder, as buffers outside its state dict: `mean` and `std`, or `norm_mean` and `norm_std` if it has these"
+    if 'stats_names' not in vars(encoder):                       # what an encoder has by itself may belong to its forward
+        own = hasattr(encoder, 'mean') or hasattr(encoder, 'std')
+        encoder.stats_names = ('norm_mean','norm_std') if own else ('mean','std')
+    for k,v in zip(encoder.stats_names, (mean,std)):
         v   = torch.as_tensor(v, dtype=torch.float32, device=device_of(encoder)).detach().flatten()
         old = encoder._buffers.get(k)
         if old is not None and old.shape==v.shape: old.copy_(v)
-        else:
-            encoder.__dict__.pop(k, None)                        # set as an attribute
-            encoder.register_buffer(k, v.clone(), persistent=False)
+        else: encoder.register_buffer(k, v.clone(), persistent=False)
 
 def norm_stats(
     x:Learner|nn.Module # Learner, model or encoder: see `encoder_of`
 )->tuple|None: # Mean and standard deviation, (C,) each; None if not known
     "Return the normalisation statistics of a model: its own `mean` and `std`, or those of timm's `pretrained_cfg`"
     m = get_model(x.model if isinstance(x, Learner) else x)
-    if isinstance(getattr(m, 'mean', None), Tensor) and isinstance(getattr(m, 'std', None), Tensor): return m.mean,m.std
     enc = encoder_of(m)
-    if stats := encoder_stats(enc): return stats
+    if stats := encoder_stats(m) or encoder_stats(enc): return stats
     cfg = getattr(enc, 'pretrained_cfg', None) or {}
     if 'mean' not in cfg: return None
     n_in = getattr(enc, 'timm_args', {}).get('in_chans', len(cfg['mean']))           # timm's statistics are for colour images

@@ -232,3 +232,31 @@ def test_mixed_precision_with_a_student_that_is_no_sequential(cb):
 def test_an_empty_batch_gives_empty_views():
     for x in (images()[:0], good['uint8'](images())[:0], torch.rand(0, 3, 128, 128)):
         assert [tuple(v.shape) for v in get_dino_aug_pipelines((2,2), crop_sizes=(16,8)).views(x)]==[(0,3,16,16)]*2+[(0,3,8,8)]*2
+
+class OwnStats(nn.Module):
+    "An encoder that normalises its images itself"
+    def __init__(self, kind):
+        super().__init__()
+        self.body = create_encoder('convnet_mini')
+        m,s = torch.full((3,1,1), .4),torch.full((3,1,1), .3)
+        if kind=='attributes': self.mean,self.std = .4,.3
+        elif kind=='parameters': self.mean,self.std = nn.Parameter(m),nn.Parameter(s)
+        else: self.register_buffer('mean', m, kind=='persistent'); self.register_buffer('std', s, kind=='persistent')
+    def forward(self, x): return self.body((x-self.mean)/self.std)
+
+@pytest.mark.parametrize('kind', ['attributes','parameters','persistent','not persistent'])
+def test_the_statistics_of_an_encoder_that_normalises_stay_its_own(kind, tmp_path):
+    learn = dino_learner(dls_of(images()), OwnStats(kind), views(), out_dim=8, bottleneck_dim=4, hidden_dim=8)
+    with quiet(learn): learn.fit_dino(1)
+    enc = encoder_of(learn).eval()
+    assert torch.allclose(torch.as_tensor(enc.mean), torch.tensor(.4), atol=.01) and norm_stats(learn)[0].tolist()==pytest.approx(list(imagenet_stats[0]))
+    export_encoder(learn, tmp_path/'e.safetensors', verbose=False)
+    other = load_encoder(tmp_path/'e.safetensors', OwnStats(kind))
+    with torch.no_grad(): test_close(other(images(2)), enc(images(2)), 1e-5)
+    assert norm_stats(other)[0].tolist()==pytest.approx(list(imagenet_stats[0]), abs=1e-4)
+
+def test_learning_rates_of_a_list_and_one_epoch_of_continued_pretraining():
+    learn = dino_learner(dls_of(images()), 'convnet_mini', views(), out_dim=8)
+    with quiet(learn): learn.fit_dino(1, lr=[1e-4,1e-3], scale_lr=False, warmup_epochs=0)
+    assert max(learn.recorder.lrs)==pytest.approx(1e-3)
+    with pytest.raises(ValueError, match='pass a smaller head_epochs'): learn.continue_pretrain(1)

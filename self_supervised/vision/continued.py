@@ -33,7 +33,7 @@ def layer_scales(
     "Compute factors for layer-wise decay of the learning rate (Clark et al. 2020)"
     return np.repeat(decay**np.arange(n_groups//2-1, -1, -1.), 2)
 
-# %% ../../nbs/api/42_vision.continued.ipynb #42b0dc39
+# %% ../../nbs/api/42_vision.continued.ipynb #5fcdcced
 class HeadFirst(Callback):
     "Keep the encoder frozen in the first epochs, so that only the modules above it are trained"
     order,run_valid = MixedPrecision.order+1,False
@@ -60,8 +60,8 @@ def continue_pretrain(self:Learner,
 ):
     "Pretrain from existing weights: the head first, then all layers, lower ones with a lower learning rate"
     if not 0<=head_epochs<n_epoch:
-        raise ValueError(f"head_epochs={head_epochs} of {n_epoch} epochs: "
-                         f"pass 0 to {n_epoch-1}, so that the encoder is trained as well")
+        raise ValueError(f"head_epochs={head_epochs} of {n_epoch} epochs leaves none for the encoder: "
+                         "pass a smaller head_epochs, 0 to train all layers from the start, or more epochs")
     if not any(p.requires_grad for p in encoder_of(self, 'student').parameters()):
         raise ValueError("the whole encoder is frozen: call learn.unfreeze(), "
                          "or requires_grad_(True) on the encoder before you create the learner")

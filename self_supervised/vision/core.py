@@ -670,7 +670,7 @@ def method_learner(
     if bs is None: return learn
     return with_smaller_batches(learn, largest_batch(partial(step_fits, learn, x[:1]), batch_size(dls)))
 
-# %% ../../nbs/api/30_vision.core.ipynb #7379505d
+# %% ../../nbs/api/30_vision.core.ipynb #adb7f87b
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -730,6 +730,7 @@ def pretrain(self:Learner,
     method,d,(n,bs,n_ranks,n_acc) = fit_settings(self, n_epoch, cbs)
     _apply_auto_settings(method, d)
     lr,lr_min,wd = ifnone(lr,d.lr),ifnone(lr_min,d.lr_min),ifnone(wd,d.wd)
+    lr,lr_min = (np.array(o) if isinstance(o, (list,tuple)) else o for o in (lr,lr_min))
     if self.opt_func is Adam and self.splitter is trainable_params: self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
     # groups are [no decay, decay, no decay, …]
     paired   = self.splitter is dino_splitter or getattr(self.splitter, 'paired', False)
