@@ -1,4 +1,4 @@
-"Processes for tests: each is forked from one server per test worker, which has imported the library, so that the imports are paid for once"
+"Processes for tests, forked from one server for each test worker, which has imported the library: a process starts without its imports"
 import multiprocessing, os, runpy, signal, subprocess, sys, tempfile, warnings
 
 HAS_SERVER = 'forkserver' in multiprocessing.get_all_start_methods()              # not on Windows

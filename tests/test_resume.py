@@ -58,7 +58,7 @@ def test_parts_are_resumed_within_a_step(tmp_path):
 
 def test_a_killed_process_goes_on(tmp_path):
     "The command line, killed without warning while it trains, ends where a run at one go ends"
-    args = ('--epochs', 4, '--local-crops-number', 1, '--batch-size-per-gpu', 256, '--seed', 3)
+    args = ('--epochs', 4, '--local-crops-number', 1, '--batch-size-per-gpu', 256, '--seed', 3, '--no-report')
     processes.run(processes.command, TRAIN, *args, '--out', tmp_path/'whole')
     p = processes.Forked(processes.command, TRAIN, *args, '--out', tmp_path/'cut')
     for _ in range(600):
@@ -124,13 +124,13 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code, start
     assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch']>=1
 
 def test_a_run_ends_in_time_and_goes_on(tmp_path):
-    out,_ = processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', '500', '--max-hours', 3/3600))
+    out,_ = processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', '500', '--max-hours', 3/3600, '--no-report'))
     n = len(pd.read_csv(tmp_path/'history.csv'))
     assert 'the same command with --resume continues' in out and 1<=n<500 and not (tmp_path/'encoder.safetensors').exists()
-    processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', n+1, '--resume'))
+    processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', n+1, '--resume', '--no-report'))
     assert len(pd.read_csv(tmp_path/'history.csv'))==n+1 and (tmp_path/'encoder.safetensors').exists()
 
-def _quick(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', *map(str, args)]
+def _quick(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', '--no-report', *map(str, args)]
 
 def test_resuming_a_run_that_is_not_there_is_said(tmp_path, capsys):
     "Else a misspelt --out looks like a run that is resumed"

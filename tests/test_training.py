@@ -51,10 +51,10 @@ def test_a_step_after_a_skipped_one_is_a_step_again():
 
 @pytest.mark.parametrize('precision', ['bf16','fp16'])
 def test_mixed_precision_on_a_cpu(precision):
-    learn = digits_learner(n_train=256, precision=precision)
+    learn = digits_learner(n_train=128, precision=precision)
     with quiet(learn): learn.fit_dino(2)
     assert np.isfinite(learn.recorder.values[-1][0]) and not torch.is_autocast_enabled('cpu')
-    assert learn.model.C.dtype==torch.float32 and changed(learn.model, state(digits_learner(n_train=256).model))
+    assert learn.model.C.dtype==torch.float32 and changed(learn.model, state(digits_learner(n_train=128).model))
 
 def test_an_overflow_in_fp16_skips_the_step():
     learn = digits_learner(n_train=128, cbs=[], precision='fp32')
