@@ -309,8 +309,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'self_supervised/cli/train.py'),
                                            'self_supervised.cli.train._train': ( 'api/cli.train.html#_train',
                                                                                  'self_supervised/cli/train.py'),
-                                           'self_supervised.cli.train._untrained': ( 'api/cli.train.html#_untrained',
-                                                                                     'self_supervised/cli/train.py'),
                                            'self_supervised.cli.train._use_own_device': ( 'api/cli.train.html#_use_own_device',
                                                                                           'self_supervised/cli/train.py'),
                                            'self_supervised.cli.train._views': ( 'api/cli.train.html#_views',

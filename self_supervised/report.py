@@ -22,7 +22,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/api/45_report.ipynb #887d141e
+# %% ../nbs/api/45_report.ipynb #d436d693
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG file to write
@@ -79,7 +79,7 @@ def _untrained(learn):
     arch,n_in = args.pop('model_name'),args.pop('in_chans')
     args.pop('num_classes', None)
     with random_kept(): enc = create_encoder(arch, n_in=n_in, **args)
-    if stats := norm_stats(learn): enc.mean,enc.std = stats
+    if stats := norm_stats(learn): set_encoder_stats(enc, *stats)
     return enc
 
 _labels = dict(baseline='raw pixels', untrained='the same network, untrained')            # row names by role

@@ -29,7 +29,7 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #8a2c626a
+# %% ../../nbs/api/51_cli.train.ipynb #09a047e8
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
@@ -93,7 +93,7 @@ def dino_train(
     notes = RunNotes(cfg.out, resume, args, _defaults(), _command(args, cfg.n_proc))
     dls,labelled = _loaders(cfg)
     learn = _make_learner(cfg, dls, labelled)
-    untrained = _untrained(learn)
+    untrained = deepcopy(encoder_of(learn))
     if cfg.rank: learn.remove_cb(ProgressCallback)
     else: _announce(cfg, learn)
     cbs,start = _run_callbacks(cfg, learn, notes),time.time()
@@ -198,7 +198,7 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #73e396a5
+# %% ../../nbs/api/51_cli.train.ipynb #3ad7302d
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _scales(cfg, usual, i):
@@ -258,12 +258,6 @@ def _make_learner(cfg, dls, labelled):
     return make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile,
                 grad_checkpointing=cfg.grad_checkpointing, opt_func=_opts[cfg.optimizer], path=cfg.out, **given)
 
-def _untrained(learn):
-    "A copy of the encoder at its initial weights, with the same normalisation of images"
-    enc = deepcopy(encoder_of(learn))
-    enc.mean,enc.std = learn.model.mean,learn.model.std
-    return enc
-
 # %% ../../nbs/api/51_cli.train.ipynb #8ef72636
 # options that may differ between a run and its continuation
 _may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq',
@@ -316,7 +310,7 @@ def _train(cfg, learn, cbs):
     if any(m.sign=='nan' for m in learn.collapse_monitor.messages):
         raise RunFailed("the loss is not a number; see the advice above")
 
-# %% ../../nbs/api/51_cli.train.ipynb #86f81186
+# %% ../../nbs/api/51_cli.train.ipynb #2f238aca
 @contextmanager
 def _reported(cfg, notes):
     "Note how a run ends, and write its report"
@@ -342,6 +336,7 @@ def _save_results(cfg, learn, labelled, untrained):
     save_figure(plot_history(cfg.out/'history.csv', k and math.log(k)), cfg.out/'history.png')
     run_pictures(learn, cfg.out, labelled)
     if cfg.no_report: return
+    set_encoder_stats(untrained, *norm_stats(learn))            # the same normalisation of images; training set it
     table = run_table(learn, cfg.out, labelled, untrained)
     if labelled: print(table.drop(columns='role', errors='ignore').to_string())
 
