@@ -115,6 +115,7 @@ def test_growth_is_of_one_round():
     test_eq(rows[3]['growth'], dict(median=1., min=.5, max=2.))
     assert '1.00 (0.50 to 2.00)' in race.markdown(rows)
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     args = ['benchmarks.loss', '--out', str(tmp_path), '--out-dim', '16']
     subprocess.run([sys.executable, '-m', *args, '--bs=1', '--rounds=1'], check=True, capture_output=True)

@@ -226,7 +226,7 @@ def look(page):
 
 MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.train.html','benchmarks.html'
 
-@pytest.mark.parametrize('size,names', [(WIDE,MAIN), (PHONE,None)], ids=['wide','phone'])
+@pytest.mark.parametrize('size,names', [(WIDE,MAIN), (PHONE,MAIN), pytest.param(PHONE, None, marks=pytest.mark.slow)], ids=['wide','phone','phone-all'])
 def test_pages_in_a_browser(browser, url, pages, size, names):
     page,wrong = open_page(browser, url, size)
     for name in names or sorted(pages.keys()-{'404.html'}):

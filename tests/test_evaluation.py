@@ -135,7 +135,7 @@ def test_same_features_by_every_way(tmp_path):
     "Learner, DINOModel, checkpoint, exported file and encoder say the same; the teacher unless the student is asked for"
     set_seed(0)
     learn = dino_learner(digits_dls(), 'convnet_mini', get_digits_aug_pipelines((2,0)))
-    learn.dls.train.n = 256
+    learn.dls.train.n,learn.dls.valid.n = 256,64
     with learn.no_bar(), learn.no_logging(): learn.fit_dino(1, cbs=RunCheckpoint(tmp_path))
     export_encoder(learn, tmp_path/'encoder.safetensors', verbose=False)
     dl = digits_dls().valid

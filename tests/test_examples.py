@@ -1,7 +1,7 @@
 "What stands in examples/ runs as it stands there"
 import ast, importlib, json, os, re, runpy, subprocess, sys, tomllib
 from pathlib import Path
-import torch
+import pytest, torch
 import processes
 from self_supervised.checkpoints import load_encoder
 from self_supervised.data import digits_path
@@ -57,11 +57,15 @@ def test_examples_import_public_names_only():
             borrowed |= names
     assert {'DINO','dino_loss'}<=borrowed
 
-def test_the_notebook_of_an_own_method(tmp_path):
-    "It runs anew, and is committed clean, with its picture and tables"
+@pytest.mark.slow
+def test_the_notebook_of_an_own_method_runs():
     nb,bin_ = examples/'own_method.ipynb',Path(sys.executable).parent
     out,err = processes.run(processes.script, bin_/'nbdev-test', nb.relative_to(root), cwd=root)
     assert 'Success' in out, err[-3000:]
+
+def test_the_notebook_of_an_own_method(tmp_path):
+    "It is committed clean, with its picture and tables"
+    nb,bin_ = examples/'own_method.ipynb',Path(sys.executable).parent
     outs = [o for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code' for o in c['outputs']]
     assert any('image/png' in o.get('data', {}) for o in outs)
     assert not re.search(rf'Warning: |{re.escape(str(root))}', json.dumps(outs))

@@ -11,7 +11,7 @@ from test_resume import StopAfter
 def learner(name, arch='convnet_mini', n_train=128, seed=0, n_local=1, **kwargs):
     set_seed(seed)
     dls = digits_dls()
-    dls.train.n = n_train
+    dls.train.n,dls.valid.n = n_train,64
     kw = dict(queue=64, queue_from=0) if name=='swav' else {}
     learn = method_learner(methods[name], dls, arch, get_digits_aug_pipelines((2,n_local)), **kw|kwargs)
     learn.remove_cbs(learn.cbs.filter(lambda o: isinstance(o, KNNMonitor)))
