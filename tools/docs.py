@@ -240,7 +240,7 @@ GUIDES = {                                                      # in the order o
     'Get started': ['installation','quick_start','how_dino_works','faq'],
     'Guides':      {'Train':   ['plan_a_run','choose_a_method','troubleshooting','other_images','distributed','experiment_tracking'],
                     'Use':     ['evaluate','explore_a_folder','pretrained_weights','classifier','recipes'],
-                    'Extend':  ['own_method'],
+                    'Extend':  ['own_method','own_project'],
                     'Migrate': ['migrate','comparison']}}
 LOOK_UP = ['run_directory','hyperparameters','security']         # guides that are reference tables
 MODULES = {'Data and augmentation': (0,1), 'Models': (2,3), 'Losses and schedules': (4,5), 'Features, weights, distributed': (6,9), 'Evaluation': (10,19),
