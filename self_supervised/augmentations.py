@@ -415,7 +415,7 @@ class RandomSolarizeHalf(_PerImage, K.IntensityAugmentationBase2D):
     ): super().__init__(p=p, same_on_batch=same_on_batch, keepdim=keepdim)
     def change(self, x, d, flags, transform=None): return solarize(x)
 
-# %% ../nbs/api/01_augmentations.ipynb #4649af7e
+# %% ../nbs/api/01_augmentations.ipynb #6ff7fbf1
 def _as_module(t):
     "A transform as a module"
     if isinstance(t, nn.Module): return t
@@ -424,7 +424,7 @@ def _as_module(t):
 
 def _is_kornia(m): return isinstance(m, (K.AugmentationBase2D,K.MixAugmentationBaseV2,K.ImageSequential))
 
-_of_view = dict(                                                 # attribute of a view: class of the module, how to read it, its value without the module
+_of_view = dict(                                                 # attribute: class of its module, how to read it, value without the module
     size      =(K.RandomResizedCrop, lambda m: m.flags['size'][0]),
     min_scale =(RandomResizedCropFlip, lambda m: m.scale[0]),
     max_scale =(RandomResizedCropFlip, lambda m: m.scale[1]),
@@ -524,7 +524,7 @@ class View(K.ImageSequential):
         y = _views(x[None] if x.ndim==3 else x, [self], [params], lambda p: True)[0]
         return y[0] if x.ndim==3 and self.keepdim else y
 
-# %% ../nbs/api/01_augmentations.ipynb #3215fe30
+# %% ../nbs/api/01_augmentations.ipynb #e588beb3
 @contextmanager
 def _one_thread(on):
     n = torch.get_num_threads()
@@ -591,7 +591,7 @@ def _run_fast(y, steps):
 
 def _run_other(view, m, item, y, in_unit):
     "Apply a module of the view as kornia does; `in_unit`: it has to return images in [0,1]"
-    out,who = view.transform_inputs(y, params=[item]),f'{_describe(m)} in a view'
+    out,who = view.transform_inputs(y, params=[item]),_describe(m)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(f"{who} returned {f'a tensor of {out.dtype}' if isinstance(out, Tensor) else f'a {type(out).__name__}'}: "
                         "return a tensor of floats in [0,1]")
@@ -602,8 +602,7 @@ def _run_other(view, m, item, y, in_unit):
     if in_unit and out.device.type=='cpu' and out.numel():       # elsewhere the check would wait for the device
         lo,hi = (o.item() for o in out.aminmax())
         if not (lo>=-1 and hi<=2):
-            raise ValueError(f"{who} returned values from {lo:.4g} to {hi:.4g}: "
-                             "return images in [0,1]; the view normalises them at its end")
+            raise ValueError(f"{who} returned values from {lo:.4g} to {hi:.4g}: return images in [0,1]")
     return out
 
 def _run(x, views, draws):
