@@ -145,13 +145,13 @@ def test_views_of_a_device_compile(monkeypatch):
     monkeypatch.setattr(A, '_per_image', lambda x: False)
     monkeypatch.setattr(A, '_compute_dtype', lambda x: torch.float32)
     view,x = A.View(48, .2, 1., solarize_p=.3),torch.randint(0, 256, (16,3,64,56), dtype=torch.uint8)
-    apply = torch.compile(view.apply, dynamic=True)
+    compiled = torch.compile(view, dynamic=True)
     with torch.no_grad():
         for _ in range(3):
-            d = view.draw(32, 64, 56)
-            torch.testing.assert_close(apply(x,d), view.apply(x,d), rtol=0, atol=1e-4)
-        d = view.draw(16, 64, 56)
-        for f,args in ((A.crop_matmul,(x,d['boxes'],48,d['flip'])), (A.blur_matmul,(torch.rand(16,3,48,48),d['sigma'],6)), (A.adjust_hue_,(torch.rand(16,3,48,48),torch.rand(16,1,1,1)-.5))):
+            want = view(x)
+            torch.testing.assert_close(compiled(x, params=view._params), want, rtol=0, atol=1e-4)
+        d = merge(*[o.data for o in view._params])
+        for f,args in ((A.crop_matmul,(x,A.crop_boxes(d),48,d['flip'])), (A.blur_matmul,(torch.rand(16,3,48,48),d['sigma'],6)), (A.adjust_hue_,(torch.rand(16,3,48,48),torch.rand(16,1,1,1)-.5))):
             got,want = (g(*[a.clone() if torch.is_tensor(a) else a for a in args]) for g in (torch.compile(f, fullgraph=True),f))
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 

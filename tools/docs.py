@@ -238,7 +238,7 @@ def markdown(page, links, docs):
 
 GUIDES = {                                                      # in the order of a user's day; names of files without their numbers
     'Get started': ['installation','quick_start','how_dino_works','faq'],
-    'Guides':      {'Train':   ['plan_a_run','choose_a_method','troubleshooting','other_images','distributed','experiment_tracking'],
+    'Guides':      {'Train':   ['plan_a_run','choose_a_method','troubleshooting','other_images','own_augmentations','distributed','experiment_tracking'],
                     'Use':     ['evaluate','explore_a_folder','pretrained_weights','classifier','recipes'],
                     'Extend':  ['own_method','own_project'],
                     'Migrate': ['migrate','comparison']}}
