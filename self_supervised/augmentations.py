@@ -391,7 +391,7 @@ def get_dino_aug_pipelines(
         return View(crop_sizes[kind], min_scales[kind], max_scales[kind], **{o:v[i] for o,v in opts.items()})
     return AugPipelines(map(view, range(n)))
 
-# %% ../nbs/api/01_augmentations.ipynb #03565c5d
+# %% ../nbs/api/01_augmentations.ipynb #ea049c36
 @delegates(get_dino_aug_pipelines)
 def get_digits_aug_pipelines(
     num_crops:tuple=(2,4), # Number of global and local crops
@@ -403,7 +403,8 @@ def get_digits_aug_pipelines(
 )->AugPipelines: # One `View` per crop, global crops first
     "Create views for the built-in digits"
     opts = dict(flip_p=0., rotate_deg=10., saturation=0., hue=0., gray_p=0., blur_p=.5, solarize_p=0.)
-    return get_dino_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, **merge(opts, kwargs, dict(blur_sigma=blur_sigma)))
+    opts = merge(opts, kwargs, dict(blur_sigma=blur_sigma))
+    return get_dino_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, **opts)
 
 # %% ../nbs/api/01_augmentations.ipynb #40cb9314
 class _CropFlipGenerator(K.random_generator.ResizedCropGenerator):
@@ -468,7 +469,7 @@ class ColorJitterPerImage(K.ColorJitter):
 # %% ../nbs/api/01_augmentations.ipynb #220dd3af
 import inspect
 
-# %% ../nbs/api/01_augmentations.ipynb #ccec212f
+# %% ../nbs/api/01_augmentations.ipynb #7330a017
 _least_width = 18                                                # pixels of the image in a crop, unless that is over 30% of the area
 _small_areas = .3,.7                                             # range of the area of local crops in the smallest images
 _least_blur  = .6                                                # largest sigma in the smallest crops
@@ -483,7 +484,7 @@ def _crop_sizes(size, patch):
     return g,max(unit, round(g*96/224/unit)*unit)
 
 def view_defaults(
-    size:int, # Short side of the images in pixels
+    size:int, # Image size in pixels, the smaller of height and width
     views:Callable=get_dino_aug_pipelines, # Function that creates the views; its defaults apply from 224 pixels
     patch:int|tuple|None=None, # Patch size of the encoder in pixels, see `patch_size`; None: crop sizes are multiples of 8
     crop_sizes:tuple=(None,None) # Sizes of global and local crops in pixels; None: by the size of the images

@@ -29,7 +29,7 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #80a5a3a7
+# %% ../../nbs/api/51_cli.train.ipynb #5cad4968
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
@@ -70,8 +70,8 @@ def dino_train(
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
     global_crops_size:int=None, # Size of the two global crops in pixels (default: 224, or the size of smaller images)
     local_crops_size:int=None, # Size of the local crops in pixels (default: 96, or 3/7 of smaller global crops)
-    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops, fractions of the image (default: the method's, 0.4 1.0 for dino)
-    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops, fractions of the image (default: the method's, 0.05 0.4 for dino; more below 80 pixels)
+    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops, as fractions (default: by method; 0.4 1.0 for dino)
+    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops (default: 0.05 0.4 for dino, more below 80 pixels)
     local_crops_number:int=None, # Number of local crops per image (default: the method's; 4 for dino, 8 in the paper)
     rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
     max_hours:float=None, # Time limit in hours; stops before an epoch that would exceed it, and --resume continues
@@ -198,11 +198,11 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #9ebd39cb
+# %% ../../nbs/api/51_cli.train.ipynb #0dacb4ea
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _view_settings(cfg, make, enc):
-    "Sizes, areas and blur of the crops: those that the options ask for, else of the run that is resumed, else by the size of the images"
+    "Sizes, areas and blur of the crops: of the options, else of the run that is resumed, else by the size of the images"
     d = view_defaults(cfg.size, make, patch_size(enc), (cfg.global_crops_size,cfg.local_crops_size))
     if cfg.resume:
         with warnings.catch_warnings(action='ignore'): state = RunCheckpoint(cfg.out).saved()       # training warns
