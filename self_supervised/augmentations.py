@@ -6,7 +6,7 @@
 __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'adjust_brightness_', 'adjust_contrast_',
            'adjust_saturation_', 'adjust_hue_', 'color_jitter', 'blur_matmul', 'gaussian_blur', 'solarize', 'View',
            'make_views', 'stats_of', 'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines',
-           'RandomResizedCropFlip', 'ColorJitterPerImage', 'view_defaults', 'show_views']
+           'RandomResizedCropFlip', 'ColorJitterPerImage', 'show_views', 'view_defaults']
 
 # %% ../nbs/api/01_augmentations.ipynb #76fb421c
 from fastai.vision.all import *
@@ -466,6 +466,27 @@ class ColorJitterPerImage(K.ColorJitter):
         on = (params['batch_prob']>.5).cpu()[:,None] & (f!=tensor([1.,1.,1.,0.]))
         return color_jitter(input.float().clamp(0,1), f, params['order'].cpu(), on).to(input.dtype)
 
+# %% ../nbs/api/01_augmentations.ipynb #1ff93a6c
+def show_views(
+    x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
+    pipelines:list, # `View`s or other callables that create the views
+    n:int=4, # Number of images to show
+    stats:tuple|None=None, # Mean and std that the views are normalised with; default: those of the pipelines
+    axs:np.ndarray|None=None # Axes to plot on, (n, 1+views)
+)->np.ndarray: # Axes
+    "Plot images and their views, one image per row"
+    x = to_unit(check_unit(x[:n]))
+    views = [to_unit(v).cpu() for v in make_views(x, pipelines)]
+    stats = stats or stats_of(pipelines) or ([0.]*x.shape[1],[1.]*x.shape[1])
+    mean,std = (torch.as_tensor(o).cpu()[:,None,None] for o in stats)
+    n_cols = 1+len(views)
+    if axs is None: axs = plt.subplots(len(x), n_cols, figsize=(1.3*n_cols,1.35*len(x)), squeeze=False)[1]
+    for row,img in enumerate(x):
+        for col,o in enumerate([img.cpu()]+[v[row]*std+mean for v in views]):
+            title = f'view {col}\n{o.shape[-1]} px' if col else 'image'
+            show_image(as_picture(o.clamp(0,1)), ctx=axs[row,col], cmap='gray', title=None if row else title)
+    return axs
+
 # %% ../nbs/api/01_augmentations.ipynb #220dd3af
 import inspect
 
@@ -503,24 +524,3 @@ def view_defaults(
              blur_sigma = (s_min, min(s_max, max(_least_blur, s_max*side/224))))
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     return d if takes_all else {k:v for k,v in d.items() if k in takes}
-
-# %% ../nbs/api/01_augmentations.ipynb #1ff93a6c
-def show_views(
-    x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
-    pipelines:list, # `View`s or other callables that create the views
-    n:int=4, # Number of images to show
-    stats:tuple|None=None, # Mean and std that the views are normalised with; default: those of the pipelines
-    axs:np.ndarray|None=None # Axes to plot on, (n, 1+views)
-)->np.ndarray: # Axes
-    "Plot images and their views, one image per row"
-    x = to_unit(check_unit(x[:n]))
-    views = [to_unit(v).cpu() for v in make_views(x, pipelines)]
-    stats = stats or stats_of(pipelines) or ([0.]*x.shape[1],[1.]*x.shape[1])
-    mean,std = (torch.as_tensor(o).cpu()[:,None,None] for o in stats)
-    n_cols = 1+len(views)
-    if axs is None: axs = plt.subplots(len(x), n_cols, figsize=(1.3*n_cols,1.35*len(x)), squeeze=False)[1]
-    for row,img in enumerate(x):
-        for col,o in enumerate([img.cpu()]+[v[row]*std+mean for v in views]):
-            title = f'view {col}\n{o.shape[-1]} px' if col else 'image'
-            show_image(as_picture(o.clamp(0,1)), ctx=axs[row,col], cmap='gray', title=None if row else title)
-    return axs
