@@ -26,7 +26,7 @@ def main(
     enc   = create_encoder(arch, drop_path_rate=.1)
     d     = dino_defaults(len(dls.train_ds), bs, epochs, total_params(enc)[0])                         # settings for this data size
     model = create_dino_model(enc, d.out_dim, use_bn=d.use_bn, hidden_dim=d.hidden_dim, bottleneck_dim=d.bottleneck_dim)
-    views = get_dino_aug_pipelines(crop_sizes=crop_sizes_for(size, enc)) if path else get_digits_aug_pipelines((2,2))
+    views = get_dino_aug_pipelines(**view_defaults(size, patch=patch_size(enc))) if path else get_digits_aug_pipelines((2,2))
     dino  = DINO(views, tmom_start=d.tmom_start, tpt_start=d.tpt_start, tpt_end=d.tpt_end, tpt_warmup_pct=d.tpt_warmup_pct)
     watch = [RankMeMonitor(), CollapseMonitor()] + ([] if path else [KNNMonitor(dls)])
     learn = Learner(dls, model, loss_func=noop, opt_func=dino_opt, splitter=dino_splitter, cbs=[dino,*watch])

@@ -7,7 +7,7 @@ __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'crop_
            'RandomRotationReflect', 'adjust_brightness_', 'adjust_contrast_', 'adjust_saturation_', 'adjust_hue_',
            'color_jitter', 'ColorJitterPerImage', 'blur_matmul', 'gaussian_blur', 'solarize',
            'RandomGaussianBlurPerImage', 'RandomSolarizeHalf', 'View', 'make_views', 'stats_of', 'AugPipelines',
-           'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views']
+           'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views', 'view_defaults']
 
 # %% ../nbs/api/01_augmentations.ipynb #d40058e0
 from fastai.vision.all import *
@@ -727,17 +727,20 @@ def get_dino_aug_pipelines(
         return View(crop_sizes[kind], min_scales[kind], max_scales[kind], **{o:v[i] for o,v in opts.items()})
     return AugPipelines(map(view, range(n)))
 
-# %% ../nbs/api/01_augmentations.ipynb #9bc71a3a
+# %% ../nbs/api/01_augmentations.ipynb #ea049c36
 @delegates(get_dino_aug_pipelines)
 def get_digits_aug_pipelines(
     num_crops:tuple=(2,4), # Number of global and local crops
     crop_sizes:tuple=(16,8), # Crop sizes in pixels
+    min_scales:tuple=(.5,.3), # Minimum crop areas (global, local) as fractions of the image area
+    max_scales:tuple=(1.,.7), # Maximum crop areas (global, local)
+    blur_sigma:tuple=(.1,.6), # Range of the Gaussian blur's sigma, in pixels of the crop
     **kwargs
 )->AugPipelines: # One `View` per crop, global crops first
     "Create views for the built-in digits"
-    opts = dict(min_scales=(.5,.3), max_scales=(1.,.7), flip_p=0., rotate_deg=10.,
-                saturation=0., hue=0., gray_p=0., blur_p=.5, blur_sigma=(.1,.6), solarize_p=0.)
-    return get_dino_aug_pipelines(num_crops, crop_sizes, **merge(opts, kwargs))
+    opts = dict(flip_p=0., rotate_deg=10., saturation=0., hue=0., gray_p=0., blur_p=.5, solarize_p=0.)
+    opts = merge(opts, kwargs, dict(blur_sigma=blur_sigma))
+    return get_dino_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, **opts)
 
 # %% ../nbs/api/01_augmentations.ipynb #1ff93a6c
 def show_views(
@@ -759,3 +762,41 @@ def show_views(
             title = f'view {col}\n{o.shape[-1]} px' if col else 'image'
             show_image(as_picture(o.clamp(0,1)), ctx=axs[row,col], cmap='gray', title=None if row else title)
     return axs
+
+# %% ../nbs/api/01_augmentations.ipynb #220dd3af
+import inspect
+
+# %% ../nbs/api/01_augmentations.ipynb #7330a017
+_least_width = 18                                                # pixels of the image in a crop, unless that is over 30% of the area
+_small_areas = .3,.7                                             # range of the area of local crops in the smallest images
+_least_blur  = .6                                                # largest sigma in the smallest crops
+
+def _crop_sizes(size, patch):
+    "224 and 96 pixels or, for smaller images, sizes in that ratio that consist of whole patches"
+    unit = math.lcm(*L(patch)) if patch else 8
+    g = min(224,size)//unit*unit
+    if not g:
+        raise ValueError(f"images of {size} pixels are smaller than a patch of {unit}: "
+                         "pass larger images, or a model with smaller patches")
+    return g,max(unit, round(g*96/224/unit)*unit)
+
+def view_defaults(
+    size:int, # Image size in pixels, the smaller of height and width
+    views:Callable=get_dino_aug_pipelines, # Function that creates the views; its defaults apply from 224 pixels
+    patch:int|tuple|None=None, # Patch size of the encoder in pixels, see `patch_size`; None: crop sizes are multiples of 8
+    crop_sizes:tuple=(None,None) # Sizes of global and local crops in pixels; None: by the size of the images
+)->dict: # Arguments of `views`: `crop_sizes`, `min_scales`, `max_scales` and `blur_sigma`
+    "Choose crop sizes, crop areas and blur by the size of the images"
+    takes,dino = (inspect.signature(f).parameters for f in (views,get_dino_aug_pipelines))
+    def usual(k): return (takes if k in takes else dino)[k].default
+    (g_min,l_min),(g_max,l_max),(s_min,s_max) = map(usual, ('min_scales','max_scales','blur_sigma'))
+    low,high = _small_areas
+    least = min(low, (_least_width/size)**2)
+    small = max(0., (least-.05)/(low-.05))                       # 0: the areas of `views`, 1: those of the smallest images
+    side  = crop_sizes[0] or size
+    d = dict(crop_sizes = tuple(o or d for o,d in zip(crop_sizes, _crop_sizes(size, patch))),
+             min_scales = (max(g_min,least), max(l_min,least)),
+             max_scales = (g_max, max(l_max, l_max+small*(high-l_max))),
+             blur_sigma = (s_min, min(s_max, max(_least_blur, s_max*side/224))))
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return d if takes_all else {k:v for k,v in d.items() if k in takes}

@@ -124,7 +124,7 @@ def run_variant(
     if not hasattr(learn.model, 'teacher'): return out | measure(learn, dls, 'student')
     return out | measure(learn, dls) | {f'student {k}':v for k,v in measure(learn, dls, 'student').items()}
 
-# %% ../nbs/api/41_lab.ipynb #c7c50be9
+# %% ../nbs/api/41_lab.ipynb #12f03af7
 def _new_name(col):
     "Name of a column that version 0.1 named differently"
     return re.sub(r'\b1 label .*', '1 label/class', re.sub(r'\b10% labels', '10% of labels', col))
@@ -186,8 +186,8 @@ def _data(data, bs, arch, holdout):
     "DataLoaders, and a function of the numbers of crops that returns pipelines"
     if data in data_sets: return data_sets[data](bs=bs, holdout=holdout),get_digits_aug_pipelines
     dls = labelled_dls(data, size=224, bs=bs)
-    sizes = crop_sizes_for(224, create_encoder(arch))
-    return dls,lambda n: get_dino_aug_pipelines(n, sizes)
+    sizes = view_defaults(224, patch=patch_size(create_encoder(arch)))
+    return dls,lambda n: get_dino_aug_pipelines(n, **sizes)
 
 def _mean_std(v):
     "Format values as 'mean ± standard deviation'"

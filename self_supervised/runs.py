@@ -6,17 +6,18 @@
 __all__ = ['run_ends', 'RunCheckpoint', 'TimeLimit', 'sigterm_as_interrupt', 'History', 'describe_run', 'read_notes', 'note_run',
            'read_messages', 'RunNotes']
 
-# %% ../nbs/api/21_runs.ipynb #b22d7a6c
+# %% ../nbs/api/21_runs.ipynb #5615982b
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from contextlib import contextmanager
 import csv, importlib.metadata, inspect, json, platform, signal, threading
 from .plain import *
+from .augmentations import view_defaults
 from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #985d1209
+# %% ../nbs/api/21_runs.ipynb #3501b9b0
 class _AtEpochEnd(Callback):
     "Call `epoch_done` once per trained epoch, even if another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -69,6 +70,8 @@ def _callback_state(cb):
     names = getattr(cb, 'remembered', None) or (('best','wait') if isinstance(cb, TrackerCallback) else ())
     return {k: vars(cb)[k] for k in names if k in vars(cb)}
 
+def _method(learn): return first(learn.cbs, lambda c: hasattr(c, 'make_views'))
+
 def _last(v): return float(np.ravel(v)[-1])                      # value of the last parameter group
 
 class RunCheckpoint(_AtEpochEnd):
@@ -106,6 +109,10 @@ class RunCheckpoint(_AtEpochEnd):
 
     # load
 
+    def saved(self)->dict|None:
+        "Load the state of the newest checkpoint that can be read; None if there is none"
+        return self._newest()[1]
+
     def _newest(self):
         "The newest checkpoint that can be read, with its state"
         files = [f for f in map(self.file, range(100)) if f.exists()]
@@ -137,6 +144,7 @@ class RunCheckpoint(_AtEpochEnd):
             warnings.warn(f"{file} was saved by {len(state['random'])} ranks, but this run has {n_processes()}: "
                           "random numbers differ from those of an uninterrupted run")
         self.first_epoch,self.state,self.resume = state['epoch'],state,False
+        self._compare_views(file, state)
         self._restore_history(state)
         self._restore_callbacks(state.get('callbacks', {}))
         self._adapt_schedules(file, state.get('planned', self.n_epoch))
@@ -148,6 +156,19 @@ class RunCheckpoint(_AtEpochEnd):
                                      "pass the saved settings, or another folder")
         if state['epoch']>self.n_epoch:
             raise ValueError(f"{file} has {state['epoch']} completed epochs, n_epoch={self.n_epoch}: pass more epochs")
+
+    def _compare_views(self, file, state):
+        "Warn if the crops, which the learner chose by the size of the images, are not those of the completed epochs"
+        method = _method(self.learn)
+        if not getattr(method, 'auto_views', False): return
+        new = to_plain(method.view_settings, tensors=True)
+        # version 0.1 had the areas and the blur for 224 pixels at all sizes
+        old = state.get('view_settings', view_defaults(224, method.views) | dict(crop_sizes=new['crop_sizes']))
+        changed = [k for k in new if old and old[k]!=new[k]]
+        if not changed: return
+        given = ', '.join(f'{k}={v}' for k,v in old.items())
+        warnings.warn(f"{file} was saved with crops of other {' and '.join(changed)} than this version chooses: to keep them, "
+                      f"pass aug_pipelines={method.views.__name__}({given}) to the learner")
 
     def _load_state(self, state):
         get_model(self.model).load_state_dict(state['model'])
@@ -269,7 +290,8 @@ class RunCheckpoint(_AtEpochEnd):
         exact = dict(epoch=self.epoch+1, planned=self.planned, args=self.run_args, random=random,
                      smooth_loss=(smooth.val,smooth.count),
                      unfinished=acc and dict(count=acc.count, grads=grads, sums=sums))
-        other = dict(recorder=dict(names=self._columns(), values=self.recorder.values),
+        other = dict(view_settings=getattr(_method(self.learn), 'view_settings', None),
+                     recorder=dict(names=self._columns(), values=self.recorder.values),
                      callbacks={c.name: o for c in self.learn.cbs if (o := _callback_state(c))})
         return to_plain(self._weights()|exact, 'checkpoint', tensors=True) | to_plain(other, tensors=True, other=str)
 
@@ -374,7 +396,7 @@ class History(_AtEpochEnd, CSVLogger):
             raise OSError(f"{self.fname} could not be written ({e.strerror or e}): free space or pass another folder, "
                           "and resume") from e
 
-# %% ../nbs/api/21_runs.ipynb #2879507e
+# %% ../nbs/api/21_runs.ipynb #5513831d
 def _cpu():
     "Name of the processor; on Linux, Python does not know it"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
@@ -423,7 +445,7 @@ def describe_run(
     learn:Learner # Learner with a method; within a fit, its schedules are described too
 )->dict: # Notes for `note_run`
     "Describe method, encoder, data and resolved settings of a learner"
-    model,method = get_model(learn.model),first(learn.cbs, lambda c: hasattr(c, 'make_views'))
+    model,method = get_model(learn.model),_method(learn)
     enc,dl = encoder_of(learn),learn.dls.train
     return dict(
         method=type(method).__name__ if method else None,
@@ -432,6 +454,7 @@ def describe_run(
         images=len(dl.dataset) if hasattr(dl, 'dataset') else None,
         batch=getattr(dl, 'bs', None),
         views=[getattr(o, 'size', None) for o in getattr(method, 'aug_pipelines', [])],
+        view_settings=getattr(method, 'view_settings', None),
         ln_k=math.log(model.C.shape[1]) if hasattr(model, 'C') else None,
         chosen=_resolved(learn, method, model))
 

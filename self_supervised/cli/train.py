@@ -29,7 +29,7 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #09a047e8
+# %% ../../nbs/api/51_cli.train.ipynb #5cad4968
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
@@ -68,10 +68,10 @@ def dino_train(
     warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
     teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); lower if the loss does not fall, often unstable above 0.07
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
-    global_crops_size:int=None, # Size of the two global crops in pixels (default: 224 if --size is 256)
-    local_crops_size:int=None, # Size of the local crops in pixels (default: 96 if --size is 256)
-    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops, fractions of the image (default: 0.4 1.0)
-    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops, fractions of the image (default: 0.05 0.4)
+    global_crops_size:int=None, # Size of the two global crops in pixels (default: 224, or the size of smaller images)
+    local_crops_size:int=None, # Size of the local crops in pixels (default: 96, or 3/7 of smaller global crops)
+    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops, as fractions (default: by method; 0.4 1.0 for dino)
+    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops (default: 0.05 0.4 for dino, more below 80 pixels)
     local_crops_number:int=None, # Number of local crops per image (default: the method's; 4 for dino, 8 in the paper)
     rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
     max_hours:float=None, # Time limit in hours; stops before an epoch that would exceed it, and --resume continues
@@ -198,25 +198,27 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #3ad7302d
+# %% ../../nbs/api/51_cli.train.ipynb #0dacb4ea
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
-def _scales(cfg, usual, i):
-    "Minimum (i=0) or maximum (i=1) area of global and local crops"
-    return tuple(u if o is None else o[i] for o,u in zip((cfg.global_crops_scale, cfg.local_crops_scale), usual))
+def _view_settings(cfg, make, enc):
+    "Sizes, areas and blur of the crops: of the options, else of the run that is resumed, else by the size of the images"
+    d = view_defaults(cfg.size, make, patch_size(enc), (cfg.global_crops_size,cfg.local_crops_size))
+    if cfg.resume:
+        with warnings.catch_warnings(action='ignore'): state = RunCheckpoint(cfg.out).saved()       # training warns
+        # runs of version 0.1 had the areas and the blur for 224 pixels at all sizes
+        if state: d = state.get('view_settings') or view_defaults(224, make) | dict(crop_sizes=d['crop_sizes'])
+    ranges = [o or u for o,u in zip((cfg.global_crops_scale, cfg.local_crops_scale), zip(d['min_scales'], d['max_scales']))]
+    return d | dict(zip(('min_scales','max_scales'), zip(*ranges)))
 
 def _views(cfg, kind, enc, dls):
-    "Augmentation pipelines: those of the method, with the crops that the options ask for"
-    usual = {k:v.default for k,v in inspect.signature(kind.views).parameters.items()}
-    if cfg.demo: usual |= dict(num_crops=(2,4), min_scales=(.5,.3), max_scales=(1.,.7))
-    sizes = crop_sizes_for(cfg.size, enc)
+    "Augmentation pipelines of the method, or of the digits, and the settings of their crops"
+    make  = get_digits_aug_pipelines if cfg.demo else kind.views
     other = dict(n_in=cfg.n_in, stats=channel_stats(dls.train)) if cfg.n_in!=3 else {}
     if cfg.rot90: other['rot90'] = True
-    make  = get_digits_aug_pipelines if cfg.demo else kind.views
-    return make(num_crops=(2,ifnone(cfg.local_crops_number, usual['num_crops'][1])),
-                crop_sizes=(cfg.global_crops_size or sizes[0], cfg.local_crops_size or sizes[1]),
-                min_scales=_scales(cfg, usual['min_scales'], 0),
-                max_scales=_scales(cfg, usual['max_scales'], 1), **other)
+    n_local  = ifnone(cfg.local_crops_number, inspect.signature(make).parameters['num_crops'].default[1])
+    settings = _view_settings(cfg, make, enc)
+    return make(num_crops=(2,n_local), **settings, **other),settings
 
 _option = dict(tmom_start='momentum-teacher', tpt_start='warmup-teacher-temp', tpt_end='teacher-temp',
                tpt_warmup_pct='warmup-teacher-temp-epochs', use_bn='use-bn-in-head', bs='auto-bs')
@@ -253,10 +255,12 @@ def _make_learner(cfg, dls, labelled):
     drop = ifnone(cfg.drop_path_rate, .1 if cfg.method in ('dino','simdino') else 0.)
     enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop,
                           **_given(patch_size=cfg.patch_size))
-    pipes,given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
+    (pipes,settings),given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
     make = dino_learner if cfg.method=='dino' else partial(method_learner, kind)
-    return make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile,
-                grad_checkpointing=cfg.grad_checkpointing, opt_func=_opts[cfg.optimizer], path=cfg.out, **given)
+    learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile,
+                 grad_checkpointing=cfg.grad_checkpointing, opt_func=_opts[cfg.optimizer], path=cfg.out, **given)
+    getattr(learn, cfg.method).view_settings = settings
+    return learn
 
 # %% ../../nbs/api/51_cli.train.ipynb #8ef72636
 # options that may differ between a run and its continuation

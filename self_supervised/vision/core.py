@@ -246,7 +246,7 @@ def cancel_last_layer_grads(
 
 no_last_layer_grads = cancel_last_layer_grads                    # its name until 0.1
 
-# %% ../../nbs/api/30_vision.core.ipynb #2c65c291
+# %% ../../nbs/api/30_vision.core.ipynb #cdb86407
 class MultiView(Callback):
     "Replace each batch by its crops and the loss by the method's objective during a fit"
     order = MixedPrecision.order+2                               # inside autocast, after gradient clipping
@@ -261,6 +261,8 @@ class MultiView(Callback):
         store_attr('aug_pipelines,clip,stats')
         self.large_crop_ids = tuple(sorted(set(large_crop_ids)))
         self.auto_settings = None  # settings that `pretrain` chooses, with the values that it chose
+        # sizes, areas and blur of the crops if known, and whether the learner chose them by the size of the images
+        self.view_settings,self.auto_views = None,False
         self.old_loss_func,self.batch,self.accumulated,self.skipped = None,None,{},False
         known = self.known_stats
         if known and stats and not all(np.allclose(a, torch.as_tensor(b).flatten().cpu(), atol=1e-3) for a,b in zip(stats, known)):
@@ -561,7 +563,7 @@ def precision_cb(
         raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16' or None")
     return None if precision=='fp32' else AnyMixedPrecision(precision)
 
-# %% ../../nbs/api/30_vision.core.ipynb #8f665831
+# %% ../../nbs/api/30_vision.core.ipynb #09bef1e1
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -578,14 +580,9 @@ def crop_sizes_for(
     encoder:nn.Module # Encoder whose patches the crops must consist of
 )->tuple: # Sizes of global and local crops in pixels
     "Return 224 and 96 pixels or, for smaller images, sizes in that ratio"
-    unit = (patch_size(encoder) or (8,8))[0]
-    g = min(224,size)//unit*unit
-    if not g:
-        raise ValueError(f"images of {size} pixels are smaller than a patch of {unit}: "
-                         "pass larger images, or a model with smaller patches")
-    return g,max(unit, round(g*96/224/unit)*unit)
+    return view_defaults(size, patch=patch_size(encoder))['crop_sizes']
 
-# %% ../../nbs/api/30_vision.core.ipynb #7a75f811
+# %% ../../nbs/api/30_vision.core.ipynb #1fae3330
 def _split_kwargs(kwargs, *funcs):
     "A dict of keyword arguments per function, each for the first that takes it, and a dict of the rest"
     rest,groups = dict(kwargs),[]
@@ -602,14 +599,16 @@ def _create_model(method, arch, defaults, n_in, size, kwargs):
         raise TypeError(f"{learner_name(method)} got {', '.join(sorted(wrong))}, which {method.__name__} and Learner do not take, "
                         f"and which cannot apply to a {type(arch).__name__} that exists already")
     if built: return arch
-    own = dict(n_in=n_in) | (dict(size=size) if isinstance(arch, nn.Module) else {})
+    unit = math.lcm(*(patch_size(arch) or (1,))) if isinstance(arch, nn.Module) else 1
+    own  = dict(n_in=n_in) | (dict(size=size//unit*unit or size) if isinstance(arch, nn.Module) else {})
     return method.create(arch, **merge({k:v for k,v in defaults.items() if k in names}, own, kwargs))
 
 def _default_crops(method, model, size, n_in, stats):
-    "The method's crops for the size of the images and the patches of the encoder"
+    "The method's crops for the size of the images and the patches of the encoder, with their settings"
     stats  = stats or ((model.mean,model.std) if n_in==3 else None)
     kwargs = dict(stats=stats) if stats else {}
-    return method.views(crop_sizes=crop_sizes_for(size, encoder_of(model)), n_in=n_in, **kwargs)
+    d = view_defaults(size, method.views, patch_size(encoder_of(model)))
+    return method.views(n_in=n_in, **d, **kwargs),d
 
 def _checkpoint_activations(encoder):
     try: encoder.set_grad_checkpointing(True)
@@ -627,7 +626,7 @@ def _knn_monitor(dls, y, n):
     has_classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     return KNNMonitor(dls, k=min(20,n)) if has_classes and len(dls.valid)>0 and n<=20_000 else None
 
-# %% ../../nbs/api/30_vision.core.ipynb #4aa5add5
+# %% ../../nbs/api/30_vision.core.ipynb #9a98f800
 def method_learner(
     method:type, # Subclass of `MultiView` with `create`, `views` and `defaults`
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
@@ -656,8 +655,10 @@ def method_learner(
     method_kw,learner_kw,model_kw = _split_kwargs(kwargs, method.__init__, Learner.__init__)
 
     model = _create_model(method, arch, defaults, n_in, size, model_kw)
-    if aug_pipelines is None: aug_pipelines = _default_crops(method, model, size, n_in, method_kw.get('stats'))
+    auto_views,settings = aug_pipelines is None,None
+    if auto_views: aug_pipelines,settings = _default_crops(method, model, size, n_in, method_kw.get('stats'))
     cb    = method(aug_pipelines, **method_kw)
+    cb.view_settings,cb.auto_views = settings,auto_views
     cb.auto_settings = {k:getattr(cb,k) for k in inspect.signature(method.__init__).parameters if k in defaults and k not in method_kw}
     with random_kept(): check_sizes(encoder_of(model), [tuple(v.shape[-2:]) for v in cb.make_views(x)], n_in)
     if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))

@@ -9,7 +9,7 @@ __all__ = ['dino_targets', 'dino_losses', 'DINOModel', 'create_dino_model', 'DIN
            'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter', 'unlabelled_dls', 'digits_dls', 'digits_path',
            'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History', 'RunCheckpoint', 'TimeLimit', 'export_encoder',
            'load_encoder', 'AnyMixedPrecision', 'stats_of', 'patch_size', 'clip_per_param', 'dino_opt',
-           'crop_sizes_for', 'native_size']
+           'crop_sizes_for', 'native_size', 'view_defaults']
 
 # %% ../../nbs/api/31_vision.dino.ipynb #944f3f29
 from fastai.vision.all import *
@@ -28,13 +28,13 @@ from ..runs import *
 from ..memory import *
 from .core import *
 
-# %% ../../nbs/api/31_vision.dino.ipynb #81fda5fe
+# %% ../../nbs/api/31_vision.dino.ipynb #00cde1a9
 _all_ = ['get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'AugPipelines', 'View', 'show_views',
          'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MultiCropWrapper', 'encoder_of', 'DINOHead',
          'WeightNormLinear', 'dino_loss', 'teacher_entropy', 'kl', 'dino_defaults', 'dino_splitter',
          'unlabelled_dls', 'digits_dls', 'digits_path', 'KNNMonitor', 'RankMeMonitor', 'CollapseMonitor', 'History',
          'RunCheckpoint', 'TimeLimit', 'export_encoder', 'load_encoder', 'AnyMixedPrecision', 'stats_of',
-         'patch_size', 'clip_per_param', 'dino_opt', 'crop_sizes_for', 'native_size']
+         'patch_size', 'clip_per_param', 'dino_opt', 'crop_sizes_for', 'native_size', 'view_defaults']
 
 # %% ../../nbs/api/31_vision.dino.ipynb #74f250e9
 class DINOModel(TeacherStudentModel):
