@@ -1,7 +1,7 @@
 """A GPU that is emulated on the CPU: its tensors compute on the CPU and say that they are on `cuda:0`. Within `with gpu() as waits:`
 mixed devices raise an error as CUDA does, and `waits` counts what would wait for the GPU, by operation and place in the code.
 Random numbers are those of the CPU. Times mean nothing; `torch.compile` and subclasses such as `TensorImage` do not reach it."""
-import collections, contextlib, os, torch, traceback
+import collections, contextlib, os, sys, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -53,8 +53,11 @@ _waiting  = {'_local_scalar_dense','nonzero','masked_select','_unique2','unique_
 _indexing = {'index','index_put','index_put_','_index_put_impl_'}
 
 def _places():
-    frames = [f for f in traceback.extract_stack() if any(f'/{o}/' in f.filename for o in _sources)]
-    return ' '.join(o for f in frames[::-1] for o in (os.path.basename(f.filename),f.name))
+    f,found = sys._getframe(),[]
+    while f:
+        if any(f'/{o}/' in f.f_code.co_filename for o in _sources): found += [os.path.basename(f.f_code.co_filename),f.f_code.co_name]
+        f = f.f_back
+    return ' '.join(found)
 def _wait(what): _waits[what,_places()] += 1
 
 def _name(func): return func._schema.name.split('::')[1]
@@ -63,7 +66,7 @@ def _mixed(name, tensors):
     raise RuntimeError(f"Expected all tensors to be on the same device: {name} with CPU tensors {[tuple(o.shape) for o in tensors]}, "
                        f"in {' < '.join(_places().split()[:6])}")
 
-def _check(name, func, args, far, near):
+def _check(name, func, args, kwargs, near):
     "Raise an error where CUDA does, and count what waits, in an operation on tensors of the GPU"
     if name in _indexing:
         idxs = [o for o in args[1] if o is not None]
@@ -72,7 +75,8 @@ def _check(name, func, args, far, near):
         if any(o.dtype in (torch.bool,torch.uint8) for o in idxs): _wait('boolean index')
         if name!='index' and not isinstance(args[2], OnGPU) and args[2].ndim: _mixed(name, [args[2]])
     elif bad := [o for o in near if o.ndim]: _mixed(name, bad)
-    elif name in _waiting or func._overloadname=='Tensor' and name=='repeat_interleave': _wait(name)
+    elif name=='repeat_interleave' and func._overloadname=='Tensor' and kwargs.get('output_size') is None: _wait(name)
+    elif name in _waiting: _wait(name)
 
 def _run(func, args, kwargs):
     "Run an operation on the CPU; its result is on the GPU where that of CUDA would be"
@@ -81,7 +85,7 @@ def _run(func, args, kwargs):
     far,near = ([o for o in ts if isinstance(o, OnGPU)==g] for g in (True,False))
     goes = bool(far) or _in_backward and not ts                  # C++ makes zeros for the backward pass on the CPU
     if _is_gpu(kwargs.get('device')): goes,kwargs = True,kwargs|dict(device=torch.device('cpu'))
-    elif kwargs.get('device') is not None and ts==[] or name=='_to_copy' and _copying_back: goes = False
+    elif name=='_to_copy' and _copying_back: goes = False
     kwargs = {k:v for k,v in kwargs.items() if k!='pin_memory'}
     if name in ('_to_copy','copy_'):
         to,of = (isinstance(args[0], OnGPU),isinstance(args[1], OnGPU)) if name=='copy_' else (goes,bool(far))
@@ -89,7 +93,7 @@ def _run(func, args, kwargs):
         if to!=of and not (name=='copy_' and not of and not args[1].ndim) and not (later and to): _wait('copy to the GPU' if to else 'copy to the CPU')
         goes = to
     elif name=='_pin_memory': return args[0]
-    elif far and name not in ('detach','alias','lift_fresh','set_'): _check(name, func, args, far, near)
+    elif far and name not in ('detach','alias','lift_fresh','set_'): _check(name, func, args, kwargs, near)
     out = func(*tree_map(here, args), **tree_map(here, kwargs))
     if not goes: return out
     returns = func._schema.returns
@@ -120,6 +124,17 @@ def _patched(*patches):
     finally:
         for o,k,v in olds: setattr(o, k, v)
 
+class _Stream:
+    "A stream or an event of a GPU that is always done"
+    def __init__(self, *args, **kwargs): pass
+    def __enter__(self): return self
+    def __exit__(self, *args): pass
+    def record_event(self, *args): return _Stream()
+    def wait_event(self, *args): pass
+    def wait_stream(self, *args): pass
+    def record(self, *args): pass
+    def query(self): return True
+
 def _attention(q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None): return (q*q.shape[-1]**-.5@k.mT).softmax(-1)@v
 
 def _patches():
@@ -146,6 +161,10 @@ def _patches():
             return f(self, *args, **kwargs)
         return new
     def plain(f): return lambda x,cls: x if isinstance(x, OnGPU) else f(x, cls)
+    group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+    def new_group(tensors, *args):
+        on_gpu = lambda ts: any(isinstance(o, OnGPU) for o in ts[0])
+        return {(GPU if on_gpu(v[0]) else d,t):v for (d,t),v in group(tensors, *args).items()}
     def kind(device): return 'cpu' if device=='cuda' else device
     def new_start(self, device_type, *args, **kwargs): start(self, kind(device_type), *args, **kwargs)
     return [
@@ -157,6 +176,9 @@ def _patches():
         *((o, 'as_subclass', plain(o.as_subclass)) for o in (T,torch)),          # the second is fastai's
         (nn.functional, 'scaled_dot_product_attention', _attention), (amp, '__init__', new_start),
         (torch, 'is_autocast_enabled', lambda d='cuda': enabled(kind(d))), (torch, 'get_autocast_dtype', lambda d: dtype_of(kind(d))),
+        (torch.optim.Optimizer, '_group_tensors_by_device_and_dtype', staticmethod(new_group)),
+        *((torch.cuda, o, _Stream) for o in ('Stream','stream','current_stream','Event')), (T, 'record_stream', lambda *args: None),
+        (torch.cuda, 'mem_get_info', lambda *args: (2**30,2**30)), (torch.cuda, 'max_memory_allocated', lambda *args: 0),
         (torch.cuda, '_lazy_init', lambda: None), (torch.cuda, 'is_bf16_supported', lambda *a,**k: True),
         (torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)]
 
