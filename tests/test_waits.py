@@ -72,3 +72,59 @@ def test_views_wait():
     "Of DINO's recipe, with rotation"
     found,seen = waits_of(name='dino', views=get_digits_aug_pipelines((2,1)))
     assert found['views']<=8*6 and found['other']==0, str(seen)   # mean and std of two sizes, angles of two sizes
+
+class Poison(Callback):
+    "Make the images of a batch NaN, and keep what the model was before it"
+    order = 1
+    def __init__(self, batch): self.batch = batch
+    def before_batch(self):
+        if not self.training or self.iter!=self.batch or self.epoch<1: return
+        self.before = {k:here(v).clone() for k,v in self.learn.model.state_dict().items()}
+        self.learn.xb = (self.xb[0]*math.nan,)
+
+@pytest.mark.parametrize('setting', ['dino','moco','swav','dino, KoLeo and IBOT','dino, fp16'])
+def test_a_loss_that_is_not_finite_changes_nothing_until_it_is_read(setting, tmp_path):
+    "Student, teacher, centres, queues and moments stay as they were before batch 2, although batch 4 is the first that is read"
+    with gpu(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = learner(**made(setting), n=48)
+        learn.path,learn.recorder.every = tmp_path,4
+        with quiet(learn): learn.pretrain(3, cbs=[bad := Poison(2),RunCheckpoint(tmp_path)])
+        after = {k:here(v) for k,v in learn.model.state_dict().items()}
+    assert (learn.epoch,learn.iter,bad.before is not None)==(1,4,True)
+    by_forward = ('running_mean','running_var','num_batches_tracked')
+    for k,v in after.items():
+        if not k.endswith(by_forward): assert torch.equal(v, bad.before[k]), k
+    message, = learn.collapse_monitor.messages
+    assert message.sign=='nan' and message.text.startswith('epoch 1, batch 2: The loss is NaN or infinite.') and 'recorder.every = 1' in message.text
+    saved = torch.load(tmp_path/'nonfinite.pth', weights_only=True)
+    assert saved['batch']==2 and saved['views']==[] and all(map(math.isfinite, saved['parameter_norms'].values()))
+    assert torch.load(tmp_path/'checkpoint.pth', weights_only=True)['epoch']==1
+    assert learn.opt.opt.found_inf is None and learn.nonfinite is None
+
+def test_a_loss_that_is_read_in_each_batch_saves_the_batch(tmp_path):
+    with gpu(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = learner('dino', n=48)
+        learn.path,learn.recorder.every = tmp_path,1
+        with quiet(learn): learn.pretrain(3, cbs=Poison(2))
+    text = learn.collapse_monitor.messages[0].text
+    assert text.startswith('epoch 1, batch 2') and 'Images [0, 1, 2' in text and len(torch.load(tmp_path/'nonfinite.pth', weights_only=True)['views'])==3
+
+def test_other_optimizers_are_asked_in_each_step(tmp_path):
+    with gpu(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = learner('dino', n=48, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, lr=.1))
+        learn.path = tmp_path
+        with quiet(learn): learn.pretrain(3, cbs=Poison(2))
+    assert (learn.epoch,learn.iter)==(1,2) and 'Images [0, 1, 2' in learn.collapse_monitor.messages[0].text
+
+@pytest.mark.parametrize('setting', ['dino','byol','moco','lejepa','simdino','dino, KoLeo and IBOT','dino, accumulation'])
+def test_the_losses_are_those_of_a_cpu(setting):
+    def losses(device):
+        learn = learner(**made(setting), n=32, device=device)
+        torch.manual_seed(1)
+        with quiet(learn): learn.pretrain(1)
+        return torch.stack(list(learn.recorder.losses))
+    with gpu(): far = losses('cuda')
+    torch.testing.assert_close(far, losses('cpu'), rtol=1e-5, atol=1e-6)
