@@ -10,7 +10,8 @@ from self_supervised.evaluation.lowshot import *
 from self_supervised.evaluation.knn import *
 from self_supervised.evaluation.segmentation import *
 from self_supervised.evaluation.video import *
-from devices import *
+from emulated import *
+from helpers import *
 
 def r(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 def probs(*shape): return r(*shape).softmax(-1)
@@ -41,9 +42,9 @@ calls = dict(
 def test_a_pure_function_on_a_gpu(name):
     f,*args = calls[name]
     want = f(*[o.clone() if isinstance(o, Tensor) else o for o in args])
-    with gpu_there(): got = f(*[on_gpu(o) if isinstance(o, Tensor) else o for o in args])
+    with gpu(): got = f(*[on_gpu(o) if isinstance(o, Tensor) else o for o in args])
     for a,b in zip(*(o if isinstance(o, tuple) else (o,) for o in (want,got))):
-        if isinstance(b, OnGPU): a,b = a.numpy(),plain(b).detach().numpy()
+        if isinstance(b, OnGPU): a,b = a.numpy(),here(b).detach().numpy()
         if isinstance(a, dict): a,b = ([str(v) for v in o.values()] for o in (a,b))
         np.testing.assert_equal(a, b) if isinstance(a, list) else np.testing.assert_allclose(a, b, rtol=1e-5)
     floats = isinstance(want, Tensor) and any(isinstance(o, Tensor) and o.is_floating_point() for o in args) and name not in ('copy_scores','masks_from_maps')
@@ -51,8 +52,35 @@ def test_a_pure_function_on_a_gpu(name):
 
 def test_the_tensor_refuses_what_a_gpu_refuses():
     a,b = on_gpu(r(3)),r(3)
-    with gpu_there():
+    with gpu() as waits:
         for wrong in (lambda: a+b, lambda: b@a, lambda: torch.cat([a,b]), lambda: b[on_gpu(torch.tensor([0]))], lambda: a+torch.arange(3), lambda: torch.where(a>0, a, b)):
             with pytest.raises(RuntimeError, match='device|CPU'): wrong()
         with pytest.raises(TypeError): a.numpy()
         assert isinstance(torch.arange(3, device=a.device)+a, OnGPU) and isinstance(a[torch.tensor([0])], OnGPU) and not isinstance(a.cpu()+b, OnGPU) and isinstance(b.to(a)+a, OnGPU)
+        assert not waits.by('nowhere') and waits.by()==3         # a CPU index, and two copies
+
+def test_what_waits_for_a_gpu_is_counted():
+    x,i,m = r(4,3),torch.tensor([0,2]),torch.tensor([True,False,True,True])
+    def waits(f):
+        with gpu() as w: f(on_gpu(x), on_gpu(i), on_gpu(m))
+        return w.by()
+    for f in (lambda x,i,m: x.sum().item(), lambda x,i,m: x[m], lambda x,i,m: x[[0,2]], lambda x,i,m: m.nonzero(), lambda x,i,m: x.tolist(), lambda x,i,m: bool(m.any()), lambda x,i,m: x.cpu(),
+              lambda x,i,m: torch.tensor([1.], device='cuda'), lambda x,i,m: torch.ones(3).to('cuda'), lambda x,i,m: x[0].copy_(torch.ones(3)), lambda x,i,m: i.repeat_interleave(i),
+              lambda x,i,m: x.new_tensor([1.]), lambda x,i,m: x.masked_select(m[:,None]), lambda x,i,m: torch.linalg.cholesky(x.T@x), lambda x,i,m: x.to('cpu', torch.float64)): assert waits(f)==1
+    for f in (lambda x,i,m: x[i], lambda x,i,m: x.sum(), lambda x,i,m: torch.where(m[:,None], x, 0.), lambda x,i,m: torch.zeros(3, device='cuda'), lambda x,i,m: torch.arange(3, device=x.device)+x[0],
+              lambda x,i,m: torch.ones(3).pin_memory().to('cuda', non_blocking=True), lambda x,i,m: i.repeat_interleave(i, output_size=2), lambda x,i,m: x.new_full((), 2.), lambda x,i,m: x[0].fill_(1.),
+              lambda x,i,m: torch.linalg.cholesky_ex(x.T@x), lambda x,i,m: x.to(torch.float64)): assert waits(f)==0
+
+def test_a_module_on_the_gpu_keeps_its_parameters():
+    "Those of an optimizer, as `nn.Module.to` does, and comes back"
+    with gpu():
+        m   = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4))
+        opt,w = torch.optim.AdamW(m.parameters(), .1),m[0].weight
+        m.to('cuda')
+        assert m[0].weight is w and isinstance(w, nn.Parameter) and (w.device.type,m[1].running_mean.device.type)==('cuda','cuda')
+        m(on_gpu(r(5,3))).square().sum().backward()
+        before = here(w).clone()
+        opt.step()
+        assert w.grad.device.type=='cuda' and not torch.equal(here(w), before) and isinstance(deepcopy(m)[0].weight, OnGPU)
+        with pytest.raises(RuntimeError, match='same device'): m(r(5,3))
+        assert type(m.cpu()[0].weight) is nn.Parameter
