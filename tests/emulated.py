@@ -3,6 +3,7 @@ mixed devices raise an error as CUDA does, and `waits` counts what would wait fo
 Random numbers are those of the CPU. Times mean nothing; `torch.compile` and subclasses such as `TensorImage` do not reach it."""
 import collections, contextlib, os, sys, torch
 from torch import nn
+from types import SimpleNamespace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -90,7 +91,7 @@ def _run(func, args, kwargs):
     if name in ('_to_copy','copy_'):
         to,of = (isinstance(args[0], OnGPU),isinstance(args[1], OnGPU)) if name=='copy_' else (goes,bool(far))
         later = kwargs.get('non_blocking') or name=='copy_' and len(args)>2 and args[2]
-        if to!=of and not (name=='copy_' and not of and not args[1].ndim) and not (later and to): _wait('copy to the GPU' if to else 'copy to the CPU')
+        if to!=of and not later and not (name=='copy_' and not of and not args[1].ndim): _wait('copy to the GPU' if to else 'copy to the CPU')
         goes = to
     elif name=='_pin_memory': return args[0]
     elif far and name not in ('detach','alias','lift_fresh','set_'): _check(name, func, args, kwargs, near)
@@ -161,6 +162,9 @@ def _patches():
             return f(self, *args, **kwargs)
         return new
     def plain(f): return lambda x,cls: x if isinstance(x, OnGPU) else f(x, cls)
+    load = torch.load
+    def new_load(f, map_location=None, **kwargs):
+        return tree_map(_there, load(f, 'cpu', **kwargs)) if isinstance(map_location, (str,torch.device)) and _is_gpu(map_location) else load(f, map_location, **kwargs)
     group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
     def new_group(tensors, *args):
         on_gpu = lambda ts: any(isinstance(o, OnGPU) for o in ts[0])
@@ -178,6 +182,7 @@ def _patches():
         (torch, 'is_autocast_enabled', lambda d='cuda': enabled(kind(d))), (torch, 'get_autocast_dtype', lambda d: dtype_of(kind(d))),
         (torch.optim.Optimizer, '_group_tensors_by_device_and_dtype', staticmethod(new_group)),
         *((torch.cuda, o, _Stream) for o in ('Stream','stream','current_stream','Event')), (T, 'record_stream', lambda *args: None),
+        (torch, 'load', new_load), (torch.cuda, 'get_device_properties', lambda *args: SimpleNamespace(name='emulated', total_memory=2**30)),
         (torch.cuda, 'mem_get_info', lambda *args: (2**30,2**30)), (torch.cuda, 'max_memory_allocated', lambda *args: 0),
         (torch.cuda, '_lazy_init', lambda: None), (torch.cuda, 'is_bf16_supported', lambda *a,**k: True),
         (torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)]

@@ -1,5 +1,5 @@
 """What a training step waits for on a GPU, in an emulation of one: for nothing but the loss that is shown, and for what the table names.
-A wait is counted where the CPU needs a value of the GPU, or copies to it from memory that is not pinned."""
+A wait is counted where the CPU needs a value of the GPU, or copies to it and waits for that."""
 import pytest, warnings
 from fastai.vision.all import *
 from self_supervised.all import *
