@@ -63,7 +63,7 @@ def block_masks(
         mask |= block & ((bh<=h) & (bw<=w) & (new<=left))[:,None,None]
     return mask
 
-# %% ../../nbs/api/38_vision.parts.ipynb #d44cd623
+# %% ../../nbs/api/38_vision.parts.ipynb #af71cbc1
 class IBOT(Part):
     "Predict the teacher's output for masked patches (iBOT; Zhou et al. 2022)"
     def __init__(self,
@@ -115,10 +115,11 @@ class IBOT(Part):
         return masks.flatten(1)
 
     def forward(self, batch, method):
+        def masked(tokens): return tokens.flatten(0,1).index_select(0, batch.masked)
         student,teacher = self.heads(method.module)
-        with torch.no_grad(): logits = teacher(batch.teacher_tokens.flatten(0,1).index_select(0, batch.masked))
+        with torch.no_grad(): logits = teacher(masked(batch.teacher_tokens))
         if self.training: method.accumulate(ibot_sum=sum_rows(logits), ibot_n=len(logits))
-        return ibot_loss(student(batch.tokens.flatten(0,1).index_select(0, batch.masked)), method.target_of(logits, self.C), batch.masks, method.tps)
+        return ibot_loss(student(masked(batch.tokens)), method.target_of(logits, self.C), batch.masks, method.tps)
 
     def logits_of(self, sizes, bs):  # logits, softmax and gradient of the student, logits and targets of the teacher
         (ph,pw),n = self.patch_size,sizes.count(max(sizes))
