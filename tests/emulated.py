@@ -1,6 +1,7 @@
 """A GPU that is emulated on the CPU: its tensors compute on the CPU and say that they are on `cuda:0`. Within `with gpu() as waits:`
 mixed devices raise an error as CUDA does, and `waits` counts what would wait for the GPU, by operation and place in the code.
-Random numbers are those of the CPU. Times mean nothing; `torch.compile` and subclasses such as `TensorImage` do not reach it."""
+Random numbers are those of the CPU. What it cannot do: times, `torch.compile`, subclasses such as `TensorImage`, which become plain
+tensors there, `empty_like(x, device='cpu')`, and tensors that a backward pass in Python makes on the CPU."""
 import collections, contextlib, os, sys, torch
 from torch import nn
 from types import SimpleNamespace
@@ -71,7 +72,8 @@ def _check(name, func, args, kwargs, near):
     "Raise an error where CUDA does, and count what waits, in an operation on tensors of the GPU"
     if name in _indexing:
         idxs = [o for o in args[1] if o is not None]
-        if not isinstance(args[0], OnGPU): raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+        if not isinstance(args[0], OnGPU):
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if any(not isinstance(o, OnGPU) for o in idxs): _wait('copy of an index')
         if any(o.dtype in (torch.bool,torch.uint8) for o in idxs): _wait('boolean index')
         if name!='index' and not isinstance(args[2], OnGPU) and args[2].ndim: _mixed(name, [args[2]])
@@ -91,16 +93,18 @@ def _run(func, args, kwargs):
     if name in ('_to_copy','copy_'):
         to,of = (isinstance(args[0], OnGPU),isinstance(args[1], OnGPU)) if name=='copy_' else (goes,bool(far))
         later = kwargs.get('non_blocking') or name=='copy_' and len(args)>2 and args[2]
-        if to!=of and not later and not (name=='copy_' and not of and not args[1].ndim): _wait('copy to the GPU' if to else 'copy to the CPU')
+        scalar = name=='copy_' and not of and not args[1].ndim   # goes with the call
+        if to!=of and not later and not scalar: _wait('copy to the GPU' if to else 'copy to the CPU')
         goes = to
     elif name=='_pin_memory': return args[0]
     elif far and name not in ('detach','alias','lift_fresh','set_'): _check(name, func, args, kwargs, near)
     out = func(*tree_map(here, args), **tree_map(here, kwargs))
     if not goes: return out
     returns = func._schema.returns
-    if returns and not isinstance(out, list) and all(r.alias_info is not None and r.alias_info.is_write for r in returns):  # in place
+    def writes(o): return o.alias_info is not None and o.alias_info.is_write
+    if returns and not isinstance(out, list) and all(map(writes, returns)):                # in place
         given   = {a.name:v for a,v in zip(func._schema.arguments, args)} | kwargs
-        written = [given[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written = [given[a.name] for a in func._schema.arguments if writes(a)]
         return written[0] if len(returns)==1 else tuple(written)
     return tree_map(_there, out)
 
@@ -164,7 +168,8 @@ def _patches():
     def plain(f): return lambda x,cls: x if isinstance(x, OnGPU) else f(x, cls)
     load = torch.load
     def new_load(f, map_location=None, **kwargs):
-        return tree_map(_there, load(f, 'cpu', **kwargs)) if isinstance(map_location, (str,torch.device)) and _is_gpu(map_location) else load(f, map_location, **kwargs)
+        to_gpu = isinstance(map_location, (str,torch.device)) and _is_gpu(map_location)
+        return tree_map(_there, load(f, 'cpu', **kwargs)) if to_gpu else load(f, map_location, **kwargs)
     group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
     def new_group(tensors, *args):
         on_gpu = lambda ts: any(isinstance(o, OnGPU) for o in ts[0])
@@ -174,9 +179,10 @@ def _patches():
     return [
         (T, 'to', new_to), (T, 'cpu', lambda self,*a,**k: back(self) if isinstance(self, OnGPU) else cpu(self, *a, **k)),
         (T, 'cuda', lambda self,*a,**k: new_to(self, GPU)), (T, 'backward', new_backward),
-        (T, 'new_tensor', lambda self,data,dtype=None,device=None,**k: torch.tensor(data, dtype=dtype or self.dtype, device=device or self.device, **k)),
+        (T, 'new_tensor', lambda self,x,dtype=None,device=None: torch.tensor(x, dtype=dtype or self.dtype, device=device or self.device)),
         (torch.__future__, 'get_swap_module_params_on_conversion', lambda: True),
-        (T, 'numpy', refused(numpy)), (T, '__array__', refused(array)), (T, 'tolist', lambda self: tolist(back(self) if isinstance(self, OnGPU) else self)),
+        (T, 'numpy', refused(numpy)), (T, '__array__', refused(array)),
+        (T, 'tolist', lambda self: tolist(back(self) if isinstance(self, OnGPU) else self)),
         *((o, 'as_subclass', plain(o.as_subclass)) for o in (T,torch)),          # the second is fastai's
         (nn.functional, 'scaled_dot_product_attention', _attention), (amp, '__init__', new_start),
         (torch, 'is_autocast_enabled', lambda d='cuda': enabled(kind(d))), (torch, 'get_autocast_dtype', lambda d: dtype_of(kind(d))),

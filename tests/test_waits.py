@@ -51,7 +51,8 @@ def waits_of(every=3, **kwargs):
         assert TABLE['loss']==f'1 per {ViewRecorder.every} steps'
         learn.recorder.every = every
         with quiet(learn): learn.pretrain(1, cbs=(step := Step(w)))
-        assert math.isfinite(learn.recorder.values[-1][0]) and step.n==N+1 and all(o.device.type=='cpu' for o in learn.recorder.losses)
+        assert math.isfinite(learn.recorder.values[-1][0]) and step.n==N+1
+        assert all(o.device.type=='cpu' for o in learn.recorder.losses)
     found = {k:f(step.seen) for k,f in PARTS.items()}
     return found | dict(other=step.seen.by()-sum(found.values())), step.seen
 
