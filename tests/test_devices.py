@@ -165,3 +165,10 @@ def test_a_run_on_a_gpu_with_all_that_looks_at_it(tmp_path):
         dls = unlabelled_dls(digits_path(tmp_path/'digits')/'test'/'0', 16, 16, num_workers=0, path=tmp_path, device='cuda', cache=True)
         with quiet(cached := make(dls)): cached.fit_dino(1)
         assert isinstance(dls.train_ds.x, OnGPU) and math.isfinite(cached.recorder.values[-1][0])
+
+def test_a_probe_waits_for_no_step():
+    "Batches of features are copied from pinned memory"
+    def waits(epochs):
+        with gpu() as w: sweep_features(ft, y, ft, y, lrs=(.1,), epochs=epochs, bs=8, device=torch.device('cuda'))
+        return w.by()
+    assert waits(1)==waits(3)>0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_forward', 'no_last_layer_grads', 'forward_features', 'StudentModel', 'TeacherStudentModel', 'Part', 'set_state',
-           'Queue', 'backbone_for', 'copy_early', 'CropBatch', 'clip_per_param', 'sum_rows', 'cancel_last_layer_grads',
-           'MultiView', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb', 'TorchOptim', 'dino_opt',
+           'Queue', 'backbone_for', 'CropBatch', 'clip_per_param', 'sum_rows', 'cancel_last_layer_grads', 'MultiView',
+           'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb', 'TorchOptim', 'dino_opt',
            'crop_sizes_for', 'method_learner', 'fit_settings']
 
 # %% ../../nbs/api/30_vision.core.ipynb #4ed440d9
@@ -202,15 +202,7 @@ def backbone_for(
     else: stats = imagenet_stats if n_in==3 else ([0.]*n_in,[1.]*n_in)
     return MultiCropWrapper(enc),nf,stats
 
-# %% ../../nbs/api/30_vision.core.ipynb #4f03fa43
-def copy_early(
-    x:Tensor, # Tensor on the CPU
-    device:torch.device # Device
-)->Tensor: # Tensor on the device
-    "Copy a tensor to a device without waiting for the device"
-    on_gpu = device.type=='cuda' and x.device.type=='cpu'
-    return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
-
+# %% ../../nbs/api/30_vision.core.ipynb #5dcc8aae
 @dataclass
 class CropBatch:
     "The crops of a batch, and what the networks compute from them; rows are crop-major"
