@@ -10,10 +10,14 @@ from fastai.vision.all import *
 from .schedules import *
 from .checkpoints import *
 
-# %% ../nbs/api/29_callbacks.ipynb #ea455eec
+# %% ../nbs/api/29_callbacks.ipynb #61c784be
 class _Table(ProgressCallback):
     "A `ProgressCallback` whose numbers fit into their columns and whose missing values are empty"
     name = 'progress'
+    def after_batch(self):
+        self.pbar.update(self.iter+1)
+        loss = getattr(self, 'smooth_loss', None)
+        if loss is not None and loss.device.type=='cpu': self.pbar.comment = f'{loss.item():.4f}'
     def _write_stats(self, log):
         def cell(v, name):
             if not isinstance(v, float): return v
@@ -32,22 +36,44 @@ class _Graph(ShowGraphCallback):
         x_bounds,y_bounds = (0, self.n_epoch*self.nb_batches[0]),(0, max(losses))
         self.progress.mbar.update_graph([(range_of(losses), losses),([],[])], x_bounds, y_bounds)
 
-# %% ../nbs/api/29_callbacks.ipynb #f3825994
+# %% ../nbs/api/29_callbacks.ipynb #8bc32168
+class _SmoothLoss(AvgSmoothLoss):
+    "An `AvgSmoothLoss` that stays on the device"
+    def accumulate(self, learn):
+        self.count += 1
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        self.val = torch.lerp(loss, self.val.to(loss.device), self.beta)
+
 class ViewRecorder(Recorder):
-    "A `Recorder` for training with or without validation images"
-    name = 'recorder'
+    "A `Recorder` for training with or without validation images, which reads the loss from a GPU every `every` batches"
+    name,every = 'recorder',10
     def before_fit(self):
         if 'asked' not in vars(self): self.asked = self.train_metrics,self.valid_metrics
         # the table would hold None, which TensorBoard refuses
         self.train_metrics,self.valid_metrics = self.asked if len(self.dls.valid) else (True,False)
         super().before_fit()
         self.paused = []
+        if type(self.smooth_loss) is AvgSmoothLoss: self.smooth_loss.__class__ = _SmoothLoss
         if no_fit(self.learn): return
         columns = list(self.metric_names[1:-1] if self.add_time else self.metric_names[1:])
         for cb in self.learn._grab_cbs(TrackerCallback):
             if cb.monitor not in columns:
                 raise ValueError(f"{type(cb).__name__} monitors {cb.monitor!r}, and the table has no such column: "
                                  f"pass monitor= one of {', '.join(columns)}")
+
+    def after_batch(self):
+        super().after_batch()
+        # the progress bar and `CollapseMonitor` wait for this; the last one is in the table
+        reads = self.iter%self.every==0 or self.iter+1==self.n_iter
+        if self.training and len(self.yb) and reads: self.learn.smooth_loss = self.learn.smooth_loss.cpu()
+
+    def after_train(self):
+        super().after_train()
+        self._read_losses()
+
+    def _read_losses(self):
+        ids = [i for i,o in enumerate(self.losses) if o.device.type!='cpu']
+        for i,o in zip(ids, torch.stack([self.losses[i] for i in ids]).cpu() if ids else ()): self.losses[i] = o.clone()
 
     def after_epoch(self):
         super().after_epoch()
@@ -61,6 +87,7 @@ class ViewRecorder(Recorder):
     @delegates(Recorder.plot_loss)
     def plot_loss(self, skip_start=5, with_valid=True, **kwargs):
         "Plot the training loss, and the validation loss where there is one"
+        self._read_losses()                                      # of an epoch that was interrupted
         return super().plot_loss(skip_start, with_valid and 'valid_loss' in self.metric_names, **kwargs)
 
 # %% ../nbs/api/29_callbacks.ipynb #b4bfa448

@@ -134,7 +134,7 @@ class RankMeMonitor(Monitor):
         if self.rows: self.number = rankme(gather_rows(torch.cat(self.rows))).item()
         self.rows = []
 
-# %% ../nbs/api/20_monitors.ipynb #e29bc582
+# %% ../nbs/api/20_monitors.ipynb #6e6def6e
 def _norms(named): return {n: o.detach().float().norm().item() for n,o in named if o is not None}
 
 def _cause_of_nan(views, norms):
@@ -147,35 +147,71 @@ def _cause_of_nan(views, norms):
     if bad_parameters: return f"Parameters are not finite, the first is {bad_parameters[0]}."
     return "Images and parameters are finite: activations overflow."
 
+def _skips_itself(opt):
+    "Whether PyTorch's optimizer in `opt` is fused: it skips steps on the device, where its `found_inf` is 1"
+    return getattr(getattr(opt, 'opt', None), '_step_supports_amp_scaling', False)
+
 class CollapseMonitor(Callback):
     "Warn if training collapses or makes no progress, and stop if the loss is NaN"
-    order,run_valid = MixedPrecision.order+9,False
+    order,run_valid = Recorder.order+1,False                     # after the loss was read from the device
     remembered,renamed = ('sign_epochs',),dict(sign_epochs='seen')             # in a resumed run, see `RunCheckpoint`
     def __init__(self,
         patience:int=2 # Number of epochs that a sign must hold
     ): store_attr()
 
-    def before_fit(self): self.sign_epochs,self.messages = Counter(),[]
+    def before_fit(self):
+        self.sign_epochs,self.messages = Counter(),[]
+        self._let_go()
+
+    def _let_go(self):
+        "No step is skipped on the device"
+        self.unread,self.learn.nonfinite = [],None
+        if _skips_itself(self.learn.opt): self.opt.opt.found_inf = None
 
     def after_loss(self):
-        "Check the loss before the optimizer step"
+        "Stop before the optimizer step; or let the device skip this and all later steps, until the loss is read"
         if not self.training or no_fit(self.learn): return
         bad = ~self.learn.loss.detach().isfinite().all()
-        if not sum_processes(bad.float()): return
-        self.stop(f"epoch {self.epoch}, batch {self.iter}", self.report() if bad else None)
+        on_any_rank = sum_processes(bad.float()).clamp(max=1)
+        later = self.learn.loss.device.type=='cuda' and _skips_itself(self.opt) and hasattr(self.learn, 'recorder')
+        if later: self._skip(bad.float(), on_any_rank)
+        elif on_any_rank: self.stop(f"epoch {self.epoch}, batch {self.iter}", self.report(self.iter) if bad else None)
 
-    def report(self):
-        "Save the batch, norms and temperatures to nonfinite.pth; returns the likely cause"
+    def _skip(self, bad, on_any_rank):
+        self.unread.append((self.iter, torch.stack([bad,on_any_rank])))
+        skip = on_any_rank if self.learn.nonfinite is None else torch.maximum(self.learn.nonfinite, on_any_rank)
+        self.learn.nonfinite = self.opt.opt.found_inf = skip
+
+    def after_batch(self):
+        "Stop if the loss that was read is not finite"
+        loss = getattr(self.learn, 'smooth_loss', None)
+        if not self.unread or loss is None or loss.device.type!='cpu': return
+        if loss.isfinite(): self.unread = []
+        else: self._read()
+
+    def _read(self):
+        "Read the results of the last batches from the device, and stop if one is not finite"
+        iters,flags = zip(*self.unread)
+        self.unread = []
+        for i,(bad,on_any_rank) in zip(iters, torch.stack(flags).tolist()):
+            if on_any_rank: self.stop(f"epoch {self.epoch}, batch {i}", self.report(i) if bad else None)
+
+    def report(self,
+        batch:int # Number of the batch, from 0
+    )->str: # Likely cause
+        "Save the batch, if it is the current one, norms and temperatures to nonfinite.pth"
         net,method = get_model(self.learn.model),first(c for c in self.learn.cbs if hasattr(c, 'make_views'))
-        views = [v.detach().float().cpu() for v in L(self.xb[0])]
+        views = [v.detach().float().cpu() for v in L(self.xb[0])] if batch==self.iter else []
         norms = _norms(net.named_parameters())
         found = dict(
-            epoch=self.epoch, batch=self.iter, loss=float(self.learn.loss), views=views,
+            epoch=self.epoch, batch=batch, loss=float(self.learn.loss), views=views,
             hypers=[{k:float(v) for k,v in h.items() if isinstance(v, (int,float))} for h in self.opt.hypers],
             temperatures={k: float(getattr(method, k)) for k in ('tps','tpt','tmom') if hasattr(method, k)},
             parameter_norms=norms, gradient_norms=_norms((n,p.grad) for n,p in net.named_parameters()),
             center_norm=float(net.C.float().norm()) if hasattr(net, 'C') else None)
-        return f"{self._save(found)} {_cause_of_nan(views, norms)}"
+        return f"{self._save(found)} {_cause_of_nan(views, norms) if views else self.no_batch}"
+
+    no_batch = "The images of that batch are gone: set learn.recorder.every = 1 and resume the run to save them."
 
     def _save(self, found):
         rank = rank_distrib()
@@ -188,6 +224,7 @@ class CollapseMonitor(Callback):
     def stop(self, where, cause=None):
         text = "The loss is NaN or infinite. Training stopped before the optimizer step; the last checkpoint is valid."
         text = ' '.join([f"{where}: {text}", *([cause] if cause else []), self.advice['nan']])
+        self._let_go()
         self._tell('nan', text, warn=not rank_distrib() or cause)
         raise CancelFitException()
 
@@ -196,6 +233,7 @@ class CollapseMonitor(Callback):
         if warn: warnings.warn(text)
 
     def after_train(self):
+        if self.unread: self._read()                             # of an epoch that another callback ended
         stats = getattr(self.learn, 'view_stats', None)
         if no_fit(self.learn) or not stats: return
         sign = self.sign(**stats)

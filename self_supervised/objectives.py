@@ -286,7 +286,7 @@ def distill_loss(
             return 1-(_unit(s).unflatten(0, (-1,bs))*target).sum(-1).mean()
         return (s.unflatten(0, (-1,1,bs))-t.unflatten(0, (n_large,bs))).pow(2).mean()
 
-# %% ../nbs/api/04_objectives.ipynb #b274c184
+# %% ../nbs/api/04_objectives.ipynb #862701e7
 def coding_rate(
     z:Tensor, # (n, d)
     eps:float=0.5 # Precision; directions of small variance count less if it is larger
@@ -295,7 +295,8 @@ def coding_rate(
     n,d = z.shape
     gram = z.T@z if d<=n else z@z.T                              # the same determinant
     eye  = torch.eye(len(gram), dtype=z.dtype, device=z.device)
-    return torch.linalg.cholesky(eye + gram*(d/(n*eps))).diagonal().log().sum()
+    factor,failed = torch.linalg.cholesky_ex(eye + gram*(d/(n*eps)))         # `cholesky` waits for the device to check
+    return torch.where(failed==0, factor.diagonal().log().sum(), math.nan)
 
 def simdino_loss(
     student:Tensor, # Projections of the student, (n_crops*bs, d), crop-major
@@ -329,7 +330,7 @@ class _EppsPulley(torch.autograd.Function):
         t = torch.linspace(0, end, knots, dtype=x.dtype, device=x.device)
         normal  = (-t*t/2).exp()
         weights = normal*2*end/(knots-1)                         # trapezoidal rule, over both halves of the line
-        weights[[0,-1]] /= 2
+        for i in (0,-1): weights[i] /= 2                         # a list of indices would be copied to the device
         waves = _EppsPulley.waves(x, end/(knots-1), knots)
         means = torch.stack([torch.stack([c.mean(1),s.mean(1)]) for _,c,s in waves])    # (knots, 2, n_views, n_dirs)
         means[:,0] -= normal[:,None,None]
@@ -366,10 +367,10 @@ def lejepa_loss(
     "Align views with the mean of the global crops, and regularise with `sigreg` (LeJEPA; Balestriero and LeCun 2025)"
     with _no_autocast(proj):
         z = _wide(proj).unflatten(0, (n_views,-1))
-        agree = (z-z[list(large_crop_ids)].mean(0)).pow(2).mean()
+        agree = (z-torch.stack([z[i] for i in large_crop_ids]).mean(0)).pow(2).mean()
         return (1-lam)*agree + lam*sigreg(z, dirs.to(z.dtype))
 
-# %% ../nbs/api/04_objectives.ipynb #f42e97aa
+# %% ../nbs/api/04_objectives.ipynb #80ede311
 def koleo(
     features:Tensor, # Features of one view per image, (n, d), n at least 2
     eps:float=1e-8 # Constant that keeps the logarithm finite for identical rows
@@ -390,7 +391,8 @@ def ibot_loss(
     with _no_autocast(student):
         z,t = _wide(student)/tps,target.detach()
         ce  = z.logsumexp(-1)*t.sum(-1) - (t*z).sum(-1)
-        return (ce/mask.sum(1).repeat_interleave(mask.sum(1))).sum()/len(mask)
+        n   = mask.sum(1)
+        return (ce/n.repeat_interleave(n, output_size=len(ce))).sum()/len(mask)
 
 # %% ../nbs/api/04_objectives.ipynb #dd7cbb0c
 def rankme(

@@ -116,7 +116,7 @@ class LinearSweep(Module):
                 for xb,yb in zip(feats.split(4096), y.split(4096))]
         return [mean_hits(torch.cat(h), y, balanced) for h in zip(*hits)]
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #85470e91
+# %% ../../nbs/api/11_evaluation.linear.ipynb #a117a9cc
 _lrs = (1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.)
 
 def sweep_features(
@@ -154,7 +154,7 @@ def sweep_features(
         for i in idx.split(bs): yield train_feats[i].float(),train_y[i]
     def shuffled(epoch):
         idx = train[torch.randperm(len(train), generator=g)]
-        for x,y in (batches or in_batches)(idx): yield x.to(device),y.to(device)
+        for x,y in (batches or in_batches)(idx): yield copy_early(x, device),copy_early(y, device)
     with random_kept():
         torch.manual_seed(seed)
         sweep = LinearSweep(parts, n_classes, lrs, bs).to(device).fit(shuffled, epochs, progress).cpu()

@@ -103,11 +103,11 @@ def create_dino_model(
     predictor = mlp([d,4*d,d], kwargs.get('use_bn', False), nn.GELU) if predictor else None
     return DINOModel(nn.Sequential(enc, head), stats=stats, predictor=predictor, parts=parts)
 
-# %% ../../nbs/api/31_vision.dino.ipynb #505011dc
+# %% ../../nbs/api/31_vision.dino.ipynb #1b08afce
 dino_targets = dict(                                             # of teacher logits, centre and temperature
     centering = teacher_probs,
-    sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_rows),
-    softmax   = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 1, gather_rows),          # over the batch
+    sinkhorn  = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 3, gather_equal),
+    softmax   = lambda t,C,tpt: sinkhorn_knopp(t, tpt, 1, gather_equal),         # over the batch
     none      = lambda t,C,tpt: teacher_probs(t, 0., tpt))
 # of student logits, targets, temperature and ids of the global views
 dino_losses  = dict(cross_entropy=pair_loss, mse=mse_pair_loss)
@@ -183,8 +183,10 @@ class DINO(TeacherStudent):
         "The arguments of `DINOModel.forward`; terms choose the patches to hide"
         if not self.parts: return (False,False) if self.chunked_loss else ()
         global_crops = [batch.views[i] for i in self.large_crop_ids]
-        batch.masks  = first((p.masks(global_crops) for p in self.parts), lambda m: m is not None)
-        if batch.masks is None: return True,not self.chunked_loss,None
+        masks = first((p.masks(global_crops) for p in self.parts), lambda m: m is not None)
+        if masks is None: return True,not self.chunked_loss,None
+        # the device would have to be asked for the number of indices
+        batch.masks,batch.masked = (copy_early(o, global_crops[0].device) for o in (masks,masks.flatten().nonzero()[:,0]))
         return True,not self.chunked_loss,dict(zip(self.large_crop_ids, batch.masks.chunk(len(self.large_crop_ids))))
 
     def teacher_forward(self, batch):
@@ -247,7 +249,7 @@ class DINO(TeacherStudent):
     def after_step(self):
         if not self.skipped:
             total,n = sum_processes(self.accumulated['out_sum']),self.accumulated['out_n']*n_processes()
-            self.module.C.copy_(update_center(self.module.C, total/n, self.cmom))
+            set_state(self.module.C, update_center(self.module.C, total/n, self.cmom), self.skip_step)
             for p in self.parts: p.after_step(self)
         super().after_step()
 

@@ -15,7 +15,7 @@ from ..checkpoints import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/39_vision.distill.ipynb #0900927f
+# %% ../../nbs/api/39_vision.distill.ipynb #5d33b1cc
 @delegates(backbone_for, keep=True)
 def create_distill_model(
     arch:str|nn.Module, # timm model name, or a module that returns (bs, n_features)
@@ -44,7 +44,9 @@ class Distill(MultiView):
 
     def before_fit(self):
         super().before_fit()
-        self.teacher.to(device_of(self.module)).eval()
+        device = device_of(self.module)
+        self.teacher.to(device).eval()
+        if self.teacher_stats is not None: self.teacher_stats = tuple(torch.as_tensor(o).to(device) for o in self.teacher_stats)
 
     @torch.no_grad()
     def targets(self, batch):
@@ -55,7 +57,7 @@ class Distill(MultiView):
         batch.teacher_out = MultiCropWrapper(self.teacher)(crops)
         return super().targets(batch)
 
-    def objective(self, batch): return distill_loss(batch.out, batch.teacher_out, len(self.large_crop_ids), self.loss, gather_rows)
+    def objective(self, batch): return distill_loss(batch.out, batch.teacher_out, len(self.large_crop_ids), self.loss, gather_equal)
 
 @delegates(method_learner, keep=True)
 def distill_learner(

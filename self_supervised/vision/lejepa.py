@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/36_vision.lejepa.ipynb #99d3ad3d
+# %% ../../nbs/api/36_vision.lejepa.ipynb #221a9318
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and local crops
@@ -68,7 +68,7 @@ class LeJEPA(MultiView):
     def objective(self, batch):
         proj = batch.out
         # those of rank 0, for all
-        dirs = gather_rows(torch.randn(self.n_dirs, proj.shape[1], device=proj.device))[:self.n_dirs]
+        dirs = gather_equal(torch.randn(self.n_dirs, proj.shape[1], device=proj.device))[:self.n_dirs]
         return lejepa_loss(joint_rows(proj, self.n_views), dirs, self.n_views, self.lam, self.large_crop_ids)
 
 @delegates(method_learner, keep=True)

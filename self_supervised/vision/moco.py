@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/33_vision.moco.ipynb #9a599d2a
+# %% ../../nbs/api/33_vision.moco.ipynb #797635b9
 @delegates(get_dino_aug_pipelines)
 def get_moco_aug_pipelines(
     num_crops:tuple=(2,0), # Number of global and local crops
@@ -73,9 +73,9 @@ class MoCo(TeacherStudent):
         if self.training: self.accumulate(keys=[F.normalize(batch.teacher_out.float(), dim=-1)])
         return res
     def objective(self, batch):
-        return moco_loss(batch.out, batch.teacher_out, self.module.queue.rows.clone(), self.temp, self.large_crop_ids)
+        return moco_loss(batch.out, batch.teacher_out, self.module.queue.rows, self.temp, self.large_crop_ids)
     def after_step(self):
-        if not self.skipped: self.module.queue.push(gather_rows(torch.cat(self.accumulated['keys'])))
+        if not self.skipped: self.module.queue.push(gather_equal(torch.cat(self.accumulated['keys'])), self.skip_step)
         super().after_step()
 
 @delegates(method_learner, keep=True)

@@ -63,7 +63,7 @@ def block_masks(
         mask |= block & ((bh<=h) & (bw<=w) & (new<=left))[:,None,None]
     return mask
 
-# %% ../../nbs/api/38_vision.parts.ipynb #2f7d96bd
+# %% ../../nbs/api/38_vision.parts.ipynb #af71cbc1
 class IBOT(Part):
     "Predict the teacher's output for masked patches (iBOT; Zhou et al. 2022)"
     def __init__(self,
@@ -112,13 +112,14 @@ class IBOT(Part):
                              "pass pipelines of one size, or other large_crop_ids")
         h,w = (s//p for s,p in zip(views[0].shape[-2:], self.patch_size))
         masks = block_masks(sum(map(len, views)), h, w, self.mask_p, self.mask_ratio, self.min_patches, self.aspect)
-        return masks.flatten(1).to(views[0].device)
+        return masks.flatten(1)
 
     def forward(self, batch, method):
+        def masked(tokens): return tokens.flatten(0,1).index_select(0, batch.masked)
         student,teacher = self.heads(method.module)
-        with torch.no_grad(): logits = teacher(batch.teacher_tokens[batch.masks])
+        with torch.no_grad(): logits = teacher(masked(batch.teacher_tokens))
         if self.training: method.accumulate(ibot_sum=sum_rows(logits), ibot_n=len(logits))
-        return ibot_loss(student(batch.tokens[batch.masks]), method.target_of(logits, self.C), batch.masks, method.tps)
+        return ibot_loss(student(masked(batch.tokens)), method.target_of(logits, self.C), batch.masks, method.tps)
 
     def logits_of(self, sizes, bs):  # logits, softmax and gradient of the student, logits and targets of the teacher
         (ph,pw),n = self.patch_size,sizes.count(max(sizes))
@@ -126,8 +127,8 @@ class IBOT(Part):
 
     def after_step(self, method):
         # ranks hide different numbers of patches
-        total,n = method.accumulated['ibot_sum'],self.C.new_tensor(method.accumulated['ibot_n'])
-        self.C.copy_(update_center(self.C, sum_processes(total)/sum_processes(n), method.cmom))
+        total,n = method.accumulated['ibot_sum'],self.C.new_full((), method.accumulated['ibot_n'])
+        set_state(self.C, update_center(self.C, sum_processes(total)/sum_processes(n), method.cmom), method.skip_step)
 
 def _with_prototypes(head, n):
     "A copy of a `DINOHead` with `n` new prototypes"

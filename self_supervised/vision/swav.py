@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/34_vision.swav.ipynb #90d02d3a
+# %% ../../nbs/api/34_vision.swav.ipynb #4a24b000
 @delegates(get_dino_aug_pipelines)
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and local crops
@@ -110,7 +110,7 @@ class SwAV(MultiView):
         if len(self.module.queues) and self.epoch>=self.queue_from:
             queued = self.module.queues[i].rows[rank_distrib()::n_processes()]             # each rank uses its share
             rows   = torch.cat([queued.to(rows.dtype), rows])
-        return sinkhorn_knopp(head.last(rows), self.temp, self.n_iter, gather_rows)[-bs:]
+        return sinkhorn_knopp(head.last(rows), self.temp, self.n_iter, gather_equal)[-bs:]
 
     def before_step(self):
         super().before_step()
@@ -118,7 +118,7 @@ class SwAV(MultiView):
     def after_step(self):
         rows = self.accumulated.get('rows')
         if rows and not self.skipped:
-            for q,r in zip(self.module.queues, torch.cat(rows, 1)): q.push(gather_rows(r))
+            for q,r in zip(self.module.queues, torch.cat(rows, 1)): q.push(gather_equal(r), self.skip_step)
         super().after_step()
 
 @delegates(method_learner, keep=True)
