@@ -246,7 +246,7 @@ def cancel_last_layer_grads(
 
 no_last_layer_grads = cancel_last_layer_grads                    # its name until 0.1
 
-# %% ../../nbs/api/30_vision.core.ipynb #2c65c291
+# %% ../../nbs/api/30_vision.core.ipynb #48a9f7b4
 class MultiView(Callback):
     "Replace each batch by its crops and the loss by the method's objective during a fit"
     order = MixedPrecision.order+2                               # inside autocast, after gradient clipping
@@ -355,6 +355,7 @@ class MultiView(Callback):
     def after_batch(self): self.batch = None
 
     def after_fit(self):
+        stop_workers(self.dls)
         if self.learn.loss_func==self.lf: self.learn.loss_func = self.old_loss_func
         self.learn.global_feats,self.batch = None,None
 
@@ -670,7 +671,7 @@ def method_learner(
     if bs is None: return learn
     return with_smaller_batches(learn, largest_batch(partial(step_fits, learn, x[:1]), batch_size(dls)))
 
-# %% ../../nbs/api/30_vision.core.ipynb #adb7f87b
+# %% ../../nbs/api/30_vision.core.ipynb #45807892
 _paper = AttrDict(lr=5e-4, lr_min=1e-6, warmup_epochs=10, wd=(.04,.4))
 
 def fit_settings(
@@ -752,6 +753,7 @@ def pretrain(self:Learner,
         raise
     finally:                                                     # Ctrl-C and errors end a fit without after_fit
         self.logger = logger
+        stop_workers(self.dls)
         self.model  = get_model(self.model)
         if self.loss_func==method.lf: self.loss_func = method.old_loss_func
         if hasattr(getattr(self, 'mixed_precision', None), 'undo'): self.mixed_precision.undo()
