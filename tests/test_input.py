@@ -281,7 +281,7 @@ def test_jpegs_are_decoded_where_the_batch_is(workers, tmp_path, monkeypatch):
         else: assert (a.float()-b.float()).abs().mean()<1.5 and (a.float()-b.float()).abs().max()<40
     x, = first(dls.test_dl([d/'3.jpg',d/'a.png']))
     assert x.shape==(2,3,32,32)
-    with pytest.raises(ValueError, match='leave out open_fn'): unlabelled_dls(d, 32, 4, open_fn=open_gray, decode_on_device=True)
+    with pytest.raises(ValueError, match='leave it out for grey'): unlabelled_dls(d, 32, 4, open_fn=open_gray, decode_on_device=True)
 
 def test_what_the_decoder_refuses(tmp_path, monkeypatch):
     import self_supervised.data as D
