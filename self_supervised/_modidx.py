@@ -1597,7 +1597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.GraphMemory': ( 'api/vision.core.html#graphmemory',
                                                                                           'self_supervised/vision/core.py'),
-                                             'self_supervised.vision.core.GraphMemory.after_pred': ( 'api/vision.core.html#graphmemory.after_pred',
+                                             'self_supervised.vision.core.GraphMemory.after_loss': ( 'api/vision.core.html#graphmemory.after_loss',
                                                                                                      'self_supervised/vision/core.py'),
                                              'self_supervised.vision.core.GraphMemory.before_batch': ( 'api/vision.core.html#graphmemory.before_batch',
                                                                                                        'self_supervised/vision/core.py'),

@@ -32,9 +32,10 @@ def test_graphs_may_reuse_their_memory_in_each_batch(monkeypatch):
     monkeypatch.setattr(nn.Module, 'compile', lambda self, mode=None: None)
     monkeypatch.setattr(torch.compiler, 'cudagraph_mark_step_begin', lambda: steps.append(1))
     class Feats(Callback):
-        order = MultiView.order+.05
-        def after_pred(self): feats.append(self.learn.global_feats)
-        def after_batch(self): feats.append(self.learn.global_feats)
+        order = MultiView.order-.05
+        def before_batch(self): assert len(steps)==self.train_iter+1                     # before the crops and the teacher
+        def after_step(self): feats.append(self.learn.global_feats)
+        def after_batch(self): feats.append(self.dino.monitored_feats(self.dino.batch))
     learn = digits_learner(0, n_train=128, compile='reduce-overhead', cbs=[Feats()])
     with quiet(learn): learn.fit_dino(1)
     assert len(steps)==len(learn.dls.train)

@@ -576,18 +576,18 @@ class TF32(Callback):
         if self.was is not None: torch.set_float32_matmul_precision(self.was)
         self.was = None
 
-# %% ../../nbs/api/30_vision.core.ipynb #9d3cb018
+# %% ../../nbs/api/30_vision.core.ipynb #3f4035a2
 compile_modes = 'default','reduce-overhead','max-autotune','max-autotune-no-cudagraphs'
 
 class GraphMemory(Callback):
     "Let CUDA graphs reuse their memory in each batch"
-    order = MultiView.order+.1
+    order = MultiView.order-.1                                   # before the teacher's forward pass
     def before_fit(self):
         if first(self.learn.cbs, risinstance(GradientAccumulation)):
             raise ValueError("CUDA graphs reuse the memory of gradients in each batch, and GradientAccumulation keeps them: "
                              "pass compile=True, or leave GradientAccumulation out")
     def before_batch(self): torch.compiler.cudagraph_mark_step_begin()
-    def after_pred(self):                                        # monitors keep the features of several batches
+    def after_loss(self):                                        # monitors keep the features of several batches
         if getattr(self.learn, 'global_feats', None) is not None: self.learn.global_feats = self.learn.global_feats.clone()
 
 # %% ../../nbs/api/30_vision.core.ipynb #8f665831
