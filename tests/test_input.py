@@ -309,3 +309,18 @@ def test_without_a_gpu_jpegs_are_decoded_in_the_workers(tmp_path):
     assert type(dls.train) is ReadableDL
     assert 'torchvision cannot decode' in why_not_decoded(torch.device('cuda'))           # there is none
     with pytest.warns(UserWarning, match='cache=True'): unlabelled_dls(d, 32, 4, num_workers=0, path=tmp_path, device='cpu', decode_on_device=True, cache=True)
+
+def test_workers_of_a_rank_stay_too(images, monkeypatch):
+    monkeypatch.setattr(JointDL, '_broadcast', lambda self, t, rank: np.asarray(t))                    # what rank 0 sends is the same here
+    kept,new = (JointDL(image_loader(images, keep_workers=k).train, rank=1, world_size=2) for k in (True,False))
+    pids = []
+    for seed in range(2):
+        both = []
+        for dl in (kept,new):
+            set_seed(seed)
+            both.append([x.as_subclass(Tensor) for x, in dl]+[torch.rand(2)])
+        for x,y in zip(*both, strict=True): assert torch.equal(x, y)
+        assert len(both[0])==3                          # 80 images, 2 ranks, 16 images per batch
+        pids.append([w.pid for w in kept.workers[0]._workers])
+    assert pids[0]==pids[1] and new.workers is None
+    kept.stop_workers()
