@@ -30,4 +30,6 @@ def rows(
     diff = {k: same("clipped gradients", grads['ours'], g, 1e-5) for k,g in grads.items()}
     return rows_of(f"{sum(p.numel() for p in ps)/1e6:.3g}M parameters, every tenth over the norm", race(fs, rounds, device, setup=fresh), differs=diff)
 
+rows.gpu = dict(arch='vit_small_patch16_224')
+
 if __name__=='__main__': main(rows, __doc__)

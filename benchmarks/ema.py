@@ -26,4 +26,6 @@ def rows(
     secs  = race({k: lambda f=f: f(m.student, m.teacher) for k,f in fs.items()}, rounds, device)
     return rows_of(f"{sum(p.numel() for p in m.student.parameters())/1e6:.3g}M parameters", secs, differs=diff)
 
+rows.gpu = dict(arch='vit_small_patch16_224')
+
 if __name__=='__main__': main(rows, __doc__)

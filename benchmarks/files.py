@@ -89,6 +89,8 @@ def rows(
                       'GB in all': {w: n*(mean(w,0)+workers*mean(w,1))/1e9 for w in got}})
     return [{k:v for k,v in r.items() if k!='seconds'} for r in rs]
 
+rows.cpu_only = True
+
 if __name__=='__main__':
     if sys.argv[1:2]==['--one']: print(json.dumps(measure(*json.loads(sys.argv[2]))))
     else: main(rows, __doc__, steady=False)

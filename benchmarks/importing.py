@@ -25,4 +25,6 @@ def rows(
 ):
     return rows_of('import', race({k: lambda s=s: seconds(s) for k,s in statements.items()}, rounds))
 
+rows.cpu_only = True
+
 if __name__=='__main__': main(rows, __doc__, steady=False)

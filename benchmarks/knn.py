@@ -6,7 +6,6 @@
 All use the same number of threads, scikit-learn on a CPU alone; the predictions must agree but for one in a thousand.
 """
 import numpy as np, torch
-from sklearn.neighbors import KNeighborsClassifier
 from self_supervised.evaluation.knn import knn_classifier
 from . import plain
 from .race import main, race, rows_of
@@ -27,6 +26,7 @@ def rows(
     ftr,fte = centres[ytr]+2*torch.randn(n_train,dim),centres[yte]+2*torch.randn(n_test,dim)
     ftr,fte,ytr = ftr.to(device),fte.to(device),ytr.to(device)
     def sklearn():
+        from sklearn.neighbors import KNeighborsClassifier
         clf = KNeighborsClassifier(k, algorithm='brute', metric='cosine', weights=lambda d: np.exp((1-d)/T))
         return torch.as_tensor(clf.fit(ftr.numpy(), ytr.numpy()).predict(fte.numpy()))
     cs = dict(ours=lambda: knn_classifier(ftr, ytr, fte, k, T, n_classes).argmax(1), plain=lambda: plain.knn(ftr, ytr, fte, k, T, n_classes).argmax(1))

@@ -43,4 +43,6 @@ def rows(
     diff = {k: same(f"loss and gradient of {k} and ours", res['ours'], v, 1e-4) for k,v in res.items()}
     return rows_of(f"{bs} images, {n_crops} views, K={out_dim}", race(cs, rounds, device), differs=diff)
 
+rows.gpu = dict(bs=256)
+
 if __name__=='__main__': main(rows, __doc__)

@@ -12,7 +12,7 @@ import torch
 from self_supervised.vision.dino import create_dino_model
 from . import loss, plain
 from .peers import LightlyStep, lightly
-from .race import STEADY, main, rows_of
+from .race import STEADY, main, on_gpu, peak_gb, rows_of
 from .step import Ours, Plain, make_views
 
 def _status(key):
@@ -23,9 +23,7 @@ def _status(key):
 
 def peak(f, device)->float:
     "MB that `f` adds at most"
-    if device.startswith('cuda'):
-        f()
-        return torch.cuda.max_memory_allocated(device)/1e6
+    if on_gpu(device): return 1e3*peak_gb(f, device)
     before = _status('VmRSS')
     f()
     return _status('VmHWM')-before
@@ -57,20 +55,26 @@ def rows(
     kw,rs = dict(locals()),[]
     kw.pop('rounds')
     env = {k:v for k,v in os.environ.items() if k not in STEADY}
+    # a process that ends without memory is left out of the table
     peers = ['plain']+['lightly']*bool(lightly())
     for what,whos in (('loss', ['ours',*peers]),('step', ['ours','ours, chunked_loss','ours, chunked_loss and grad_checkpointing',*peers])):
         def mb(who):
             run = subprocess.run([sys.executable, '-m', 'benchmarks.memory', '--one', json.dumps([what, who, kw])], env=env, stdout=subprocess.PIPE, text=True, check=True)
             return float(run.stdout.splitlines()[-1])
-        mbs = {who: [mb(who) for _ in range(rounds)] for who in whos}
+        mbs = {who: ms for who in whos if all(ms := [mb(who) for _ in range(rounds)])}
         at  = f"{what}, {bs} images, 2x{size}+{n_small}x{small}, K={out_dim}, " + (f"{arch}, {precision}" if what=='step' else 'fp32')
         rs += [{k:v for k,v in r.items() if k!='seconds'} | dict(MB=r['seconds']['median']) for r in rows_of(at, mbs)]
     return rs
+
+rows.gpu = dict(arch='vit_small_patch16_224', bs=256, precision='bf16')
 
 if __name__=='__main__':
     if sys.argv[1:2]==['--one']:
         what,who,kw = json.loads(sys.argv[2])
         lightly()                                                # loaded for all, before anything is measured
         torch.zeros(1, device=kw['device'])
-        print(peak(lambda: dict(loss=run_loss, step=run_step)[what](who, **kw), kw['device']))
+        try: print(peak(lambda: dict(loss=run_loss, step=run_step)[what](who, **kw), kw['device']))
+        except torch.OutOfMemoryError as e:
+            print(f"{what} of {who} is left out: {str(e).split('. ')[0]}", file=sys.stderr)
+            print(0.)
     else: main(rows, __doc__, steady=False)

@@ -34,4 +34,6 @@ def rows(
     n    = sum(p.numel() for p in m.parameters() if p.requires_grad)
     return rows_of(f"{n/1e6:.3g}M parameters", race({k:o.step for k,o in opts.items()}, rounds, device), differs=diff)
 
+rows.gpu = dict(arch='vit_small_patch16_224')
+
 if __name__=='__main__': main(rows, __doc__)

@@ -1,4 +1,7 @@
-"lightly's DINO (https://github.com/lightly-ai/lightly), as its own example puts it together; an optional implementation: `pip install -e '.[bench]'`"
+"""Other libraries that are compared where they are installed: lightly and NVIDIA DALI
+
+lightly's DINO (https://github.com/lightly-ai/lightly) as its own example puts it together: `pip install -e '.[bench]'`. DALI's operators for the views: `pip install nvidia-dali-cuda120`; it needs a GPU, and was written without one.
+"""
 import sys
 from copy import deepcopy
 from functools import cache
@@ -14,6 +17,45 @@ def lightly():
         return lightly
     except ImportError as e:
         print(f"Without lightly ({e}): pip install -e '.[bench]' adds it to the table", file=sys.stderr)
+
+@cache
+def dali():
+    "The package, or None after a sentence that says why"
+    try:
+        import nvidia.dali
+        return nvidia.dali
+    except ImportError as e:
+        print(f"Without DALI ({e}): pip install nvidia-dali-cuda120 adds it to the table", file=sys.stderr)
+
+def dali_views(images, args, stats, device):
+    "The views of `images` (n,H,W,C) on the GPU by DALI; `args` has size, area, probability of blur and of solarisation for each view"
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+    level = [255*o for o in stats[0].tolist()],[255*o for o in stats[1].tolist()]
+    @pipeline_def(batch_size=len(images), num_threads=4, device_id=torch.device(device).index or 0, enable_conditionals=True)
+    def views():
+        x,outs = fn.external_source(source=lambda: list(images), batch=True, layout='HWC').gpu(),[]
+        for size,area,blur,solar in args:
+            v = fn.random_resized_crop(x, size=size, random_area=area, interp_type=types.INTERP_CUBIC)
+            v = fn.flip(v, horizontal=fn.random.coin_flip())
+            if fn.random.coin_flip(probability=.8):
+                v = fn.color_twist(v, brightness=fn.random.uniform(range=(.6,1.4)), contrast=fn.random.uniform(range=(.6,1.4)),
+                                   saturation=fn.random.uniform(range=(.8,1.2)), hue=fn.random.uniform(range=(-36.,36.)))
+            if fn.random.coin_flip(probability=.2):  v = fn.hsv(v, saturation=0.)
+            if fn.random.coin_flip(probability=blur): v = fn.gaussian_blur(v, sigma=fn.random.uniform(range=(.1,2.)), window_size=13)
+            if fn.random.coin_flip(probability=solar): v = types.Constant(255, dtype=types.UINT8)-v
+            outs.append(fn.crop_mirror_normalize(v, dtype=types.FLOAT, output_layout='CHW', mean=level[0], std=level[1]))
+        return tuple(outs)
+    pipe = views()
+    pipe.build()
+    def run():
+        made = []
+        for o in pipe.run():
+            t = o.as_tensor()
+            made.append(torch.empty(t.shape(), dtype=torch.float32, device=device))
+            feed_ndarray(t, made[-1], cuda_stream=torch.cuda.current_stream(device))
+        return made
+    return run
 
 class LightlyStep:
     "One iteration of lightly's example: each view by itself through backbone and head"

@@ -2,21 +2,49 @@
 
 Every module with a function `rows` is a benchmark: its arguments are the command line's, and it returns what `rows_of` makes.
 """
-import inspect, json, math, os, platform, re, statistics, sys, time
+import gc, inspect, json, math, os, platform, re, statistics, subprocess, sys, time
 from pathlib import Path
 import torch, timm
 from fastcore.script import anno_parser
 
 # Without these, memory goes back to the system with each tensor and every use of it is a page fault: timings double, and not equally
 STEADY = dict(MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TRIM_THRESHOLD_='4294967296')
+# On a GPU, implementations of other sizes share the memory that the first ones left
+os.environ.setdefault('PYTORCH_CUDA_ALLOC_CONF', 'expandable_segments:True')
 
 def steady_memory():
     "Start the program again with an allocator that keeps its memory; glibc reads these settings only at the start"
     if platform.libc_ver()[0]=='glibc' and not STEADY.keys()<=os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **STEADY})
 
+def on_gpu(device): return str(device).startswith('cuda')
+
 def sync(device):
-    if str(device).startswith('cuda'): torch.cuda.synchronize(device)
+    if on_gpu(device): torch.cuda.synchronize(device)
+
+def peak_gb(
+    f, # A function
+    device:str # GPU
+)->float:
+    "GB of tensors on the GPU at most while `f` runs, with weights and inputs of all implementations"
+    torch.cuda.reset_peak_memory_stats(device)
+    f()
+    return torch.cuda.max_memory_allocated(device)/1e9
+
+def fitting(
+    implementations:dict, # Name to function; 'ours' first
+    device:str # Where they run
+)->dict: # Those that ran once
+    "Leave out what is out of the GPU's memory, with a printed line"
+    fits = {}
+    for k,f in implementations.items():
+        try: f()
+        except torch.OutOfMemoryError as e:
+            print(f"{k} is left out: {str(e).split('. ')[0]}", file=sys.stderr)
+            gc.collect()
+            torch.cuda.empty_cache()
+        else: fits[k] = f
+    return fits
 
 def race(
     implementations:dict, # Name to function; one that returns a float has timed itself, in seconds
@@ -36,7 +64,9 @@ def race(
     n = {k: max(1, min(200, round(least/max(once(f),1e-6)))) for k,f in implementations.items()}
     secs = {k:[] for k in implementations}
     for r in range(rounds):
-        for k,f in list(implementations.items())[::1 if r%2 else -1]: secs[k].append(statistics.fmean(once(f) for _ in range(n[k])))
+        for k,f in list(implementations.items())[::1 if r%2 else -1]:
+            if on_gpu(device): once(f)                           # its memory and its clock rate, after another implementation
+            secs[k].append(statistics.fmean(once(f) for _ in range(n[k])))
     return secs
 
 def spread(xs): return dict(median=statistics.median(xs), min=min(xs), max=max(xs))
@@ -64,10 +94,15 @@ def same(
     if not diff<=tol: raise ValueError(f"{what} differ by {diff:.1e} of the largest, more than {tol:.0e}: their times cannot be compared")
     return diff
 
+def driver():
+    "Version of the GPU's driver"
+    try: return subprocess.run(['nvidia-smi','--query-gpu=driver_version','--format=csv,noheader'], stdout=subprocess.PIPE, text=True, check=True).stdout.split()[0]
+    except (OSError,subprocess.CalledProcessError,IndexError): return 'of unknown version'
+
 def machine(device='cpu'):
     "What the numbers were measured on"
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if Path('/proc/cpuinfo').exists() else None
-    gpu = f"{torch.cuda.get_device_name(device)}, " if str(device).startswith('cuda') else ''
+    gpu = f"{torch.cuda.get_device_name(device)} with driver {driver()} and CUDA {torch.version.cuda}, " if on_gpu(device) else ''
     kept = f"{' and '.join(STEADY)} of 4 GiB" if STEADY.keys()<=os.environ.keys() else "the system's allocator settings"
     n    = torch.get_num_threads()
     return f"{gpu}{cpu[1] if cpu else platform.processor()}, {n} thread{'s'*(n!=1)}; torch {torch.__version__}, timm {timm.__version__}; {kept} for all implementations"
@@ -89,12 +124,21 @@ def markdown(rows)->str:
 # How a run is measured, and not what
 MANNER = 'device','rounds','steps','profile'
 
+def sizes(
+    rows, # The function of a benchmark; `rows.gpu` holds its sizes on a GPU
+    device:str # Where it runs
+)->dict: # Argument to value
+    "Default sizes of a benchmark on a device"
+    usual = {k:p.default for k,p in inspect.signature(rows).parameters.items()}
+    return usual | (getattr(rows, 'gpu', {}) if on_gpu(device) else {})
+
 def chosen(
     rows, # The function of a benchmark
     args:dict # Its arguments
-)->dict: # Those that differ from its defaults
+)->dict: # Those that differ from its defaults on that device
     "What tells a run from the others of its benchmark"
-    return {k:args[k] for k,p in inspect.signature(rows).parameters.items() if args[k]!=p.default}
+    usual = sizes(rows, args['device']) | dict(device=inspect.signature(rows).parameters['device'].default)
+    return {k:args[k] for k in usual if args[k]!=usual[k]}
 
 def key(name, device, chosen): return ', '.join([f'{name} on {device}', *(f'{k}={v}' for k,v in chosen.items() if k not in MANNER)])
 def command(name, chosen):
@@ -128,6 +172,8 @@ def main(
     name = Path(sys.modules['__main__'].__file__).stem
     p = anno_parser(rows, prog=f'python -m benchmarks.{name}')
     p.add_argument('--out', default=str(Path(__file__).parent), help='Folder of results.md and results.json')
+    args = p.parse_args()
+    p.set_defaults(**{k:v for k,v in sizes(rows, args.device).items() if k!='device'})
     args = vars(p.parse_args())
     if steady: steady_memory()
     rs  = rows(**{k: args[k] for k in inspect.signature(rows).parameters})

@@ -66,4 +66,6 @@ def grown(
         rs += rows_of(what, {who: secs[run,who] for who in growth}, **{'ms/image': lambda s: 1e3*s/n, 'growth': growth})
     return rs
 
+rows.gpu = dict(arch='vit_small_patch16_224', batches='64,128,256', images='1024,2048', bs=64, precision='bf16')
+
 if __name__=='__main__': main(rows, __doc__)

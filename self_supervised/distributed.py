@@ -106,7 +106,7 @@ def _device():
     "Return the device of collective operations"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/api/09_distributed.ipynb #58b02b74
+# %% ../nbs/api/09_distributed.ipynb #f0c2232a
 def joint_len(
     n:int, # Number of images
     bs:int, # Batch size per rank
@@ -116,11 +116,12 @@ def joint_len(
     "Compute the number of global batches"
     return n//(bs*n_proc) if drop_last else math.ceil(math.ceil(n/n_proc)/bs)
 
-class JointDL(DistributedDL):
+class JointDL(InputDL, DistributedDL):
     "A `DistributedDL` that divides each global batch equally among the ranks"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.fake_l.prefetch_factor = self.dl.fake_l.prefetch_factor
+        self.copy_ahead,self.keep_workers = (getattr(self.dl, o, getattr(InputDL, o)) for o in ('copy_ahead','keep_workers'))
 
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=_device())

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 import processes
 from fastcore.test import test_close, test_eq
 from self_supervised.vision.dino import create_dino_model
-from benchmarks import files, importing, memory, peers, plain, race, scaling, step
+from benchmarks import files, importing, memory, parts, peers, plain, race, scaling, step
 from benchmarks.__main__ import found
 
 vit   = dict(arch='vit_mini_patch4_16')
@@ -14,7 +14,9 @@ tiny  = dict(
     loss=dict(bs=2, out_dim=16, n_crops=4), ema=dict(vit, out_dim=16), clip=dict(vit, out_dim=16), optimizer=dict(vit, out_dim=16),
     knn=dict(n_train=200, n_test=50, dim=8, n_classes=4, k=5),
     views=dict(bs=2, size=32, global_size=16, local_size=8, n_local=1),
-    step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2),
+    step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2, variants='tf32'),
+    parts=dict(vit, **views, bs=2, side=24, out_dim=16, hidden_dim=8), features=dict(vit, n_images=5, bs=2, size=16),
+    compiling=dict(vit, **views, bs=2, out_dim=16, backend='eager', only='loss'),
     epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0),
     scaling=dict(vit, size=16, small=8, batches='2', crops='0,1', out_dims='16', images='4', bs=2, n_small=1, out_dim=16, hidden_dim=8, file_sizes='16,8'))
 
@@ -29,7 +31,8 @@ def test_all_are_found(): assert {*tiny,'files','memory','importing'}<=set(found
 @pytest.mark.parametrize('name', tiny)
 def test_runs(name):
     rows = importlib.import_module(f'benchmarks.{name}').rows(rounds=2, **tiny[name])
-    assert {'ours','Pillow, an image at a time' if name=='views' else 'plain'}<={r['who'] for r in rows}
+    other = {'views':'torchvision v2, all cores', 'parts':'ours, views', 'compiling':'ours, compiled'}.get(name, 'plain')
+    assert {'ours',other}<={r['who'] for r in rows}
     for k,v in numbers(rows): assert np.isfinite(v) and (v>0 or k=='differs'), (k,v)
     for r in race.markdown(rows).splitlines(): test_eq(r.count('|'), race.markdown(rows).splitlines()[0].count('|'))
 
@@ -133,16 +136,18 @@ def test_runs_of_other_sizes_stand_beside_each_other(tmp_path, monkeypatch):
         args = {k:told.get(k, p.default) for k,p in inspect.signature(rows).parameters.items()}
         made = race.rows_of(str(told), dict(ours=[1.], plain=[ratio]))
         race.save(name, 'A title', made, args['device'], race.chosen(rows, args), tmp_path)
+    def sized(**told): run('step', 4., device='cuda', **{**importlib.import_module('benchmarks.step').rows.gpu, **told})
     for precision in ('fp32,bf16','fp32','bf16'): run('step', 2., precision=precision)
     run('step', 3., precision='bf16', steps=10, rounds=1, profile=True)                                # the same, measured otherwise
-    run('step', 4., device='cuda', precision='bf16', bs=256)
+    sized(), sized(bs=64)
     run('views', .5, floats=True)
     res = json.loads((tmp_path/'results.json').read_text())
-    test_eq(list(res), ['step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda, bs=256, precision=bf16','views on cpu, floats=True'])
+    test_eq(list(res), ['step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda','step on cuda, bs=64','views on cpu, floats=True'])
     test_eq(res['step on cpu, precision=bf16']['command'], 'python -m benchmarks.step --precision bf16 --steps 10 --profile --rounds 1')
     test_eq(res['views on cpu, floats=True']['command'], 'python -m benchmarks.views --floats')
+    test_eq([res[f'step on cuda{o}']['command'] for o in ('',', bs=64')], [f'python -m benchmarks.step {o}--device cuda' for o in ('','--bs 64 ')])
     heads = [l.split(':')[0][3:] for l in (tmp_path/'results.md').read_text().splitlines() if l.startswith('## ')]
-    test_eq(heads, ['views on cpu, floats=True','step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda, bs=256, precision=bf16'])    # the slowest of ours first
+    test_eq(heads, ['views on cpu, floats=True','step on cpu','step on cpu, precision=fp32','step on cpu, precision=bf16','step on cuda','step on cuda, bs=64'])    # the slowest of ours first
 
 @pytest.mark.slow
 def test_all_in_one_command(tmp_path):
@@ -159,3 +164,76 @@ def test_all_in_one_command_says_what_is_wrong(monkeypatch, capsys, wrong, said)
 def test_the_tables_are_the_figures():
     here = Path(race.__file__).parent
     test_eq((here/'results.md').read_text(), race.page(json.loads((here/'results.json').read_text())))
+
+def test_sizes_for_a_gpu():
+    for n,f in found().items():
+        takes = inspect.signature(f).parameters
+        assert 'device' in takes and set(getattr(f, 'gpu', {}))<=set(takes)-{'device'}, n
+        test_eq(race.chosen(f, {**race.sizes(f, 'cuda'), 'device':'cuda'}), dict(device='cuda'))
+    step_rows = found()['step']
+    test_eq([race.sizes(step_rows, d)['bs'] for d in ('cpu','cuda','cuda:1')], [8,256,256])
+    assert race.sizes(step_rows, 'cuda') | dict(arch='vit_small_patch16_224', precision='bf16', n_small=8, size=224, small=96, out_dim=65536) == race.sizes(step_rows, 'cuda')
+
+def test_one_command_for_a_gpu(monkeypatch, tmp_path, capsys):
+    main,ran = importlib.import_module('benchmarks.__main__'),[]
+    monkeypatch.setattr(main.subprocess, 'run', lambda cmd: ran.append(cmd[1:]) or subprocess.CompletedProcess(cmd, 0))
+    monkeypatch.setattr(sys, 'argv', ['benchmarks','--device','cuda','--out',str(tmp_path)])
+    main.main()
+    names = [c[1].split('.')[1] for c in ran]
+    assert {'step','views','epoch','memory','parts','features','compiling','scaling','loss'}<=set(names) and not {'files','importing'}&set(names)
+    assert all(c[2:4]==['--device','cuda'] for c in ran)
+
+class Gpu:
+    "Events and queues of a GPU that only note what is asked of them"
+    def __init__(self, monkeypatch):
+        self.log,self.clock = [],iter(range(1000))
+        monkeypatch.setattr(torch.cuda, 'synchronize', lambda *a: self.log.append('wait'))
+        monkeypatch.setattr(torch.cuda, 'Event', lambda enable_timing: self.event())
+        monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda d: self.log.append('reset'))
+        monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda d: 3e9)
+        monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: self.log.append('empty'))
+    def event(self):
+        class Event:
+            def record(e): e.at = next(self.clock)
+            def elapsed_time(e, o): return o.at-e.at
+        return Event()
+
+def test_timing_on_a_gpu_waits_at_both_ends(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    secs = race.race(dict(ours=lambda: gpu.log.append('run')), rounds=2, device='cuda', least=0)
+    test_eq(gpu.log, ['wait','run','wait']*5)                    # to warm up, and in each round once untimed and once timed
+    assert len(secs['ours'])==2
+    gpu.log.clear()
+    test_eq(race.peak_gb(lambda: gpu.log.append('run'), 'cuda'), 3.)
+    test_eq(gpu.log, ['reset','run'])
+
+def test_what_does_not_fit_is_left_out(monkeypatch, capsys):
+    gpu = Gpu(monkeypatch)
+    def large(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 3 GiB.')
+    test_eq(list(race.fitting(dict(ours=lambda: 1, plain=large), 'cuda')), ['ours'])
+    assert 'plain is left out: CUDA out of memory' in capsys.readouterr().err and gpu.log==['empty']
+
+def test_parts_are_timed_in_the_queue_of_a_gpu(monkeypatch):
+    gpu   = Gpu(monkeypatch)
+    spans = parts.Spans('cuda')
+    spans.start('whole step'); spans.of('views', lambda: 1)(); spans.stop('whole step'); spans.stop('never begun')
+    test_eq(gpu.log, [])                                         # nothing waits while it is measured
+    test_eq(spans.took, {'views':[.001], 'whole step':[.003]})
+
+def test_parts_leave_the_learner_as_it_was():
+    from self_supervised.vision import core
+    before = core.clip_per_param,core.ema_update
+    rows = {r['who']: r['ratio']['median'] for r in importlib.import_module('benchmarks.parts').rows(steps=1, **tiny['parts'])}
+    assert abs(sum(v for k,v in rows.items() if k!='ours')-1)<1e-6 and before==(core.clip_per_param,core.ema_update)
+    assert set(rows)=={'ours',*(f'ours, {k}' for k in ('views','teacher','student','loss','backward','clipping','optimizer','moving average','rest'))}
+
+def test_the_machine_names_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda d: 'A GPU')
+    monkeypatch.setattr(race, 'driver', lambda: '580.1')
+    assert race.machine('cuda').startswith('A GPU with driver 580.1 and CUDA ') and torch.__version__ in race.machine('cuda')
+
+def test_peers_that_are_not_installed_are_said(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'nvidia.dali', None)
+    peers.dali.cache_clear()
+    assert peers.dali() is None and 'Without DALI' in capsys.readouterr().err
+    peers.dali.cache_clear()

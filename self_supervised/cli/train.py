@@ -29,7 +29,7 @@ from ..plots import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #5cad4968
+# %% ../../nbs/api/51_cli.train.ipynb #f00d1e23
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
@@ -76,6 +76,8 @@ def dino_train(
     rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
     max_hours:float=None, # Time limit in hours; stops before an epoch that would exceed it, and --resume continues
     compile:bool=False, # Compile the encoders: minutes at the start, faster afterwards
+    tf32:bool=False, # Use TF32 on NVIDIA GPUs for the last layer, and for all layers with --precision fp32: faster, fewer bits
+    decode_on_device:bool=False, # Decode JPEG files on the GPU with nvJPEG, for machines with few CPU cores per GPU
     grad_checkpointing:bool=False, # Gradient (activation) checkpointing: less memory, about 30% slower
     chunked_loss:bool=False, # Compute the loss one crop at a time: less memory if --out-dim is large
     auto_bs:bool=False, # Reduce the batch size until a step fits in memory, with gradient accumulation for the rest
@@ -119,7 +121,7 @@ dino_train.groups = {
     'Optimisation': 'epochs batch_size_per_gpu grad_accumulation optimizer lr min_lr warmup_epochs '
                     'weight_decay weight_decay_end clip_grad',
     'Run': 'resume more_epochs overwrite max_hours seed',
-    'Hardware and memory': 'num_workers precision compile grad_checkpointing chunked_loss auto_bs sync_bn',
+    'Hardware and memory': 'num_workers decode_on_device precision tf32 compile grad_checkpointing chunked_loss auto_bs sync_bn',
     'Output': 'out saveckp_freq no_report'}
 dino_train.example      = 'dino_train --path IMAGES --labels LABELLED --out runs/mine'
 dino_train.when_stopped = "; the same command with --resume continues after the last completed epoch"
@@ -175,7 +177,7 @@ def _check(cfg):
                          "or another --out")
     check_writable(cfg.out, folder=True)
 
-# %% ../../nbs/api/51_cli.train.ipynb #66111891
+# %% ../../nbs/api/51_cli.train.ipynb #b6891b07
 def _labelled_dls(cfg, opens):
     "Loaders of the labelled images; an unreadable folder raises an error here, not after an epoch of training"
     dls = labelled_dls(cfg.labels, cfg.size, cfg.bs, crop_pct=1, num_workers=cfg.num_workers, open_fn=opens)
@@ -190,7 +192,7 @@ def _loaders(cfg):
     if cfg.overwrite and not cfg.rank: (cfg.out/'bad_files.jsonl').unlink(missing_ok=True)
     opens = opener(cfg.n_in, named_open_fn(cfg.open_fn))
     dls   = unlabelled_dls(cfg.path, cfg.size, cfg.bs, seed=cfg.seed, num_workers=cfg.num_workers, path=cfg.out,
-                           open_fn=opens, cache=cfg.cache)
+                           open_fn=opens, cache=cfg.cache, decode_on_device=cfg.decode_on_device)
     labelled = _labelled_dls(cfg, opens) if cfg.labels else None
     if cfg.open_fn:
         with random_kept(): c = plain_dl(dls.train).one_batch()[0].shape[1]
@@ -198,7 +200,7 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #0dacb4ea
+# %% ../../nbs/api/51_cli.train.ipynb #098f20a1
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _view_settings(cfg, make, enc):
@@ -257,15 +259,15 @@ def _make_learner(cfg, dls, labelled):
                           **_given(patch_size=cfg.patch_size))
     (pipes,settings),given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
     make = dino_learner if cfg.method=='dino' else partial(method_learner, kind)
-    learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile,
+    learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile, tf32=cfg.tf32,
                  grad_checkpointing=cfg.grad_checkpointing, opt_func=_opts[cfg.optimizer], path=cfg.out, **given)
     getattr(learn, cfg.method).view_settings = settings
     return learn
 
-# %% ../../nbs/api/51_cli.train.ipynb #8ef72636
+# %% ../../nbs/api/51_cli.train.ipynb #5816d230
 # options that may differ between a run and its continuation
 _may_change = ('path','labels','out','resume','overwrite','epochs','more_epochs','num_workers','saveckp_freq',
-               'max_hours','compile','grad_checkpointing','chunked_loss','no_report')
+               'max_hours','compile','tf32','decode_on_device','grad_checkpointing','chunked_loss','no_report')
 
 def _use_own_device(cfg):
     "Use the device of this rank"
