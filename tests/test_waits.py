@@ -71,7 +71,7 @@ SETTINGS = {**{name: dict(name=name) for name in [*methods,'distill']},
 }
 def made(setting): return {k:v() if k in ('parts','cbs') else v for k,v in SETTINGS[setting].items()}
 
-@pytest.mark.parametrize('setting', SETTINGS)
+@pytest.mark.parametrize('setting', [pytest.param(o, marks=[pytest.mark.slow]*('checkpointing' in o)) for o in SETTINGS])
 def test_a_step_waits_for_nothing_but_the_loss_that_is_shown(setting):
     "Read in the batches 0, 3 and 5"
     found,seen = waits_of(**made(setting))
@@ -91,7 +91,7 @@ class Poison(Callback):
         self.before = {k:here(v).clone() for k,v in self.learn.model.state_dict().items()}
         self.learn.xb = (self.xb[0]*math.nan,)
 
-@pytest.mark.parametrize('setting', ['dino','moco','swav','dino, KoLeo and IBOT','dino, fp16'])
+@pytest.mark.parametrize('setting', ['dino','moco','swav','dino, KoLeo and IBOT',pytest.param('dino, fp16',marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_changes_nothing_until_it_is_read(setting, tmp_path):
     "Student, teacher, centres, queues and moments stay as they were before batch 2, although batch 4 is the first that is read"
     with gpu(), warnings.catch_warnings():
