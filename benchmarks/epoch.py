@@ -4,7 +4,7 @@
 
 Compared with the paper's loop over torch's DataLoader, with torchvision's transforms on Pillow images in its workers. 'opening' is the
 loader alone: in this library without the views, which are made in the step, of the other with them. Epochs are random by nature: of their
-results only the loss, still near ln K, is looked at. An epoch begins with the start of the workers, which later epochs of a fit of ours save.
+results only the loss, still near ln K, is looked at. An epoch includes the start of the workers, which this library otherwise needs once in each fit.
 """
 import math, os, sys, tempfile
 from copy import deepcopy

@@ -813,7 +813,7 @@ class JpegDL(ReadableDL):
     def create_batch(self, b): return (JpegBatch([o for o, in b]),)
     def retain(self, res, b): return res
 
-# %% ../nbs/api/00_data.ipynb #f1af4297
+# %% ../nbs/api/00_data.ipynb #47c9b0b7
 class _Open(Transform):
     "Open a file, or convert an image of any kind"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # read by fastai's `test_dl`
@@ -873,7 +873,8 @@ def _read_dl(ds, size, bs, device=None, **kwargs):
 
 def _can_decode(device, open_fn, cache):
     "Whether JPEG files are decoded on the device, with a warning if that was asked for and cannot be"
-    if open_fn not in (None,open_rgb): raise ValueError("decode_on_device=True opens files in colour: leave it out for grey images, and with an open_fn")
+    if open_fn not in (None,open_rgb):
+        raise ValueError("decode_on_device=True opens files in colour: leave it out for grey images, and with an open_fn")
     why = "cache=True opens each image once, in the workers" if cache else why_not_decoded(device)
     if why: warnings.warn(f"JPEG files are decoded in the workers instead of on the device: {why}")
     return not why

@@ -320,17 +320,21 @@ def few_images(tmp_path): return class_folder(tmp_path/'d', 12, ('',))
 def test_what_loaders_send_to_spawned_workers_can_be_pickled(few_images, monkeypatch):
     "The half that always runs: all that spawn would send is pickled, and the batches are then made without workers"
     from torch.utils.data import dataloader
-    import fastai.data.load as load
+    import fastai.data.load as load, self_supervised.data as data
     sent = []
+    class Unforked(dataloader._SingleProcessDataLoaderIter):
+        def _reset(self, loader, first_iter=False): vars(self).update(vars(pickled(loader)))
+        def _shutdown_workers(self): pass
     def pickled(loader):
         vars(getattr(loader, 'default', loader)).pop('it', None)  # left by an iteration without workers, which here all are
         for k in ('dataset','collate_fn','worker_init_fn'): ForkingPickler.dumps(getattr(loader, k))
         sent.append(loader)
         n,loader.num_workers = loader.num_workers,0
-        try: return dataloader._SingleProcessDataLoaderIter(loader)
+        try: return Unforked(loader)
         finally: loader.num_workers = n
     monkeypatch.setattr(dataloader, '_MultiProcessingDataLoaderIter', pickled)
     monkeypatch.setattr(load, '_loaders', (pickled,dataloader._SingleProcessDataLoaderIter))
+    monkeypatch.setattr(data, '_MultiProcessingDataLoaderIter', pickled)
     space = {}
     exec(HEAD+READERS, space)
     for name,f in space['readers'](few_images, 1).items():
