@@ -165,7 +165,7 @@ def _patches():
             if isinstance(self, OnGPU): raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
             return f(self, *args, **kwargs)
         return new
-    def plain(f): return lambda x,cls: x if isinstance(x, OnGPU) else f(x, cls)
+    def plain(f): return lambda x,cls: x if isinstance(x, OnGPU) or cls is OnGPU else f(x, cls)    # fastai casts copies back
     load = torch.load
     def new_load(f, map_location=None, **kwargs):
         to_gpu = isinstance(map_location, (str,torch.device)) and _is_gpu(map_location)

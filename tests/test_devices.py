@@ -58,6 +58,7 @@ def test_the_tensor_refuses_what_a_gpu_refuses():
         with pytest.raises(TypeError): a.numpy()
         assert isinstance(torch.arange(3, device=a.device)+a, OnGPU) and isinstance(a[torch.tensor([0])], OnGPU) and not isinstance(a.cpu()+b, OnGPU) and isinstance(b.to(a)+a, OnGPU)
         assert not waits.by('nowhere') and waits.by()==3         # a CPU index, and two copies
+        assert not isinstance(to_detach(a), OnGPU) and waits.by()==4
 
 def test_what_waits_for_a_gpu_is_counted():
     x,i,m = r(4,3),torch.tensor([0,2]),torch.tensor([True,False,True,True])
