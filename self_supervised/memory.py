@@ -200,7 +200,7 @@ def with_smaller_batches(
         raise ValueError(f"a batch of {asked} does not fit in memory, and only DataLoaders of fastai can be changed: "
                          f"create yours with bs={bs}, and pass cbs=GradientAccumulation({asked})")
     new = [dl.new(bs=bs) for dl in dls]
-    for o,dl in zip(new, dls): o.rng = dl.rng
+    for o,dl in zip(new, dls): o.rng,o.keep_workers = dl.rng,getattr(dl, 'keep_workers', False)
     learn.dls = DataLoaders(*new, path=dls.path, device=dls.device)
     acc = first(learn.cbs, lambda o: isinstance(o, GradientAccumulation))
     if acc is None: learn.add_cb(acc := GradientAccumulation(asked))
