@@ -87,7 +87,7 @@ def test_a_command_has_a_table_of_options_per_group(pages):
     rows = {r[0]:r[1:] for t in tables.values() for r in t}
     assert rows['--batch-size-per-gpu']==['int','64','Batch size per rank']
     assert rows['--teacher-temp'][:2]==['float','0.04'] and 'default' not in rows['--teacher-temp'][2]
-    assert rows['--global-crops-scale'][:2]==['float float','0.4 1.0'] and rows['--resume']==['','','Resume the run in --out']
+    assert rows['--global-crops-scale'][:2]==['float float','by method; 0.4 1.0 for dino'] and rows['--resume']==['','','Resume the run in --out']
     assert 'sys.exit' not in pages['api/cli.train.html'].article.text                # what is internal is not shown
 
 def test_names_in_prose_lead_to_their_entries(pages):

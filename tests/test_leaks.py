@@ -69,7 +69,7 @@ def test_what_looks_at_a_model_leaves_it_as_it_was(tmp_path):
 
 ALLOWED = {'vision/core.py': "asks the GPU whether it has bfloat16, which only CUDA's can lack", 'data.py': "pins memory for GPUs, and asks how much of theirs is free",
            'checkpoints.py': "random numbers of GPUs, where there are some", 'encoders.py': 'names of devices in advice',
-           'runs.py': 'notes which GPU there is, and how much of its memory was used'}
+           'features.py': 'copies from and to a GPU without waiting', 'monitors.py': 'lets a GPU skip steps itself until the loss is read', 'runs.py': 'notes which GPU there is, and how much of its memory was used'}
 
 def test_the_code_asks_for_no_cuda():
     "The same path serves CPU, CUDA and MPS"
