@@ -29,12 +29,12 @@ def photographs(n, size):
     rng = np.random.RandomState(0)
     return [Image.fromarray(np.uint8(255*rng.rand(size//4,size//4,3))).resize((size,size), Image.BICUBIC) for _ in range(n)]
 
-def levels(images, size):
-    "Root mean square error of our crops against Pillow's, in levels of 8 bits"
+def levels(images, size, n=8):
+    "Root mean square error of `n` crops per image against Pillow's, in levels of 8 bits"
     x = torch.stack([torch.from_numpy(np.array(o)).permute(2,0,1) for o in images])
-    boxes = random_boxes(len(x), *x.shape[2:], (.05,.4))
+    boxes = random_boxes(n*len(x), *x.shape[2:], (.05,.4))
     got = 255*to_unit(crop_resize(x, boxes, size)).permute(0,2,3,1).double()
-    pil = [im.crop((l,t,l+w,t+h)).resize((size,size), Image.BICUBIC) for im,(t,l,h,w) in zip(images, boxes.int().tolist())]
+    pil = [im.crop((l,t,l+w,t+h)).resize((size,size), Image.BICUBIC) for im,(t,l,h,w) in zip(list(images)*n, boxes.int().tolist())]
     return (got-torch.from_numpy(np.stack(pil)).double()).pow(2).mean().sqrt().item()
 
 class Views(torch.utils.data.Dataset):
