@@ -6,8 +6,8 @@
 __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'crop_boxes', 'RandomResizedCropFlip', 'RandomRot90',
            'RandomRotationReflect', 'adjust_brightness_', 'adjust_contrast_', 'adjust_saturation_', 'adjust_hue_',
            'color_jitter', 'ColorJitterPerImage', 'blur_matmul', 'gaussian_blur', 'solarize',
-           'RandomGaussianBlurPerImage', 'RandomSolarizeHalf', 'View', 'make_views', 'stats_of', 'AugPipelines',
-           'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views', 'view_defaults']
+           'RandomGaussianBlurPerImage', 'RandomSolarizeHalf', 'View', 'make_views', 'stats_of', 'describe_views',
+           'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views', 'view_defaults']
 
 # %% ../nbs/api/01_augmentations.ipynb #76deebb3
 from fastai.vision.all import *
@@ -724,7 +724,7 @@ def make_views(
     "Create all views of a batch, with one computation for all views of the same size"
     return _views(x, pipelines, [None]*len(pipelines))
 
-# %% ../nbs/api/01_augmentations.ipynb #340ef532
+# %% ../nbs/api/01_augmentations.ipynb #3fd3309e
 def stats_of(
     pipelines:list # `View`s, and other callables
 )->tuple|None: # Mean and standard deviation of the channels; None if not known
@@ -738,6 +738,12 @@ def _stats_in(p):
     lists  = [o for k in ('transforms','fs') if isinstance(o := getattr(p, k, None), (list,tuple,L))]
     inside = concat(*lists, *([o] for k in ('func','tfm') if (o := getattr(p, k, None))), p.children() if isinstance(p, nn.Module) else ())
     return first(map(_stats_in, inside), lambda o: o is not None)
+
+def describe_views(
+    pipelines:list # `View`s, and other callables
+)->list: # The augmentations of each view as text
+    "Describe views for the notes of a run; equal augmentations have equal texts"
+    return [[_describe(m) for m in p] if isinstance(p, View) else [repr(p) if isinstance(p, nn.Module) else _name(p)] for p in pipelines]
 
 class AugPipelines(list):
     "A list of callables, one per view, that computes all views of a batch together"
@@ -832,7 +838,7 @@ def show_views(
 # %% ../nbs/api/01_augmentations.ipynb #220dd3af
 import inspect
 
-# %% ../nbs/api/01_augmentations.ipynb #7330a017
+# %% ../nbs/api/01_augmentations.ipynb #6d036364
 _least_width = 18                                                # pixels of the image in a crop, unless that is over 30% of the area
 _small_areas = .3,.7                                             # range of the area of local crops in the smallest images
 _least_blur  = .6                                                # largest sigma in the smallest crops
@@ -842,8 +848,8 @@ def _crop_sizes(size, patch):
     unit = math.lcm(*L(patch)) if patch else 8
     g = min(224,size)//unit*unit
     if not g:
-        raise ValueError(f"images of {size} pixels are smaller than a patch of {unit}: "
-                         "pass larger images, or a model with smaller patches")
+        what,other = ('a patch',', or a model with smaller patches') if patch else ('the smallest crop','')
+        raise ValueError(f"images of {size} pixels are smaller than {what} of {unit}: pass larger images{other}")
     return g,max(unit, round(g*96/224/unit)*unit)
 
 def view_defaults(
