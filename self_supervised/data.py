@@ -820,7 +820,7 @@ class JpegDL(ReadableDL):
     def create_batch(self, b): return (JpegBatch([o for o, in b]),)
     def retain(self, res, b): return res
 
-# %% ../nbs/api/00_data.ipynb #47c9b0b7
+# %% ../nbs/api/00_data.ipynb #8094857b
 class _Open(Transform):
     "Open a file, or convert an image of any kind"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # read by fastai's `test_dl`
@@ -856,7 +856,7 @@ def unlabelled_dls(
     train,valid = files[train],files[valid]
     if len(train)<bs:
         raise ValueError(f"{len(train)} training images are fewer than a batch of {bs}: "
-                         f"pass bs={max(1,len(train))} or less, or add images")
+                         f"pass a batch size of {max(1,len(train))} or less, or add images")
     device  = torch.device(ifnone(device, default_device()))
     if decode_on_device: decode_on_device = _can_decode(device, open_fn, cache)
     if decode_on_device: open_fn = read_jpeg
