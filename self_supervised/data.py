@@ -856,7 +856,7 @@ def unlabelled_dls(
     train,valid = files[train],files[valid]
     if len(train)<bs:
         raise ValueError(f"{len(train)} training images are fewer than a batch of {bs}: "
-                         f"pass a batch size of {max(1,len(train))} or less, or add images")
+                         f"use batches of {max(1,len(train))}, or add images")
     device  = torch.device(ifnone(device, default_device()))
     if decode_on_device: decode_on_device = _can_decode(device, open_fn, cache)
     if decode_on_device: open_fn = read_jpeg
