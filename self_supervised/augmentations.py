@@ -6,13 +6,13 @@
 __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'crop_boxes', 'RandomResizedCropFlip', 'RandomRot90',
            'RandomRotationReflect', 'adjust_brightness_', 'adjust_contrast_', 'adjust_saturation_', 'adjust_hue_',
            'color_jitter', 'ColorJitterPerImage', 'blur_matmul', 'gaussian_blur', 'solarize',
-           'RandomGaussianBlurPerImage', 'RandomSolarizeHalf', 'View', 'make_views', 'stats_of', 'AugPipelines',
-           'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views', 'view_defaults']
+           'RandomGaussianBlurPerImage', 'RandomSolarizeHalf', 'View', 'make_views', 'stats_of', 'describe_views',
+           'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views', 'view_defaults']
 
-# %% ../nbs/api/01_augmentations.ipynb #d40058e0
+# %% ../nbs/api/01_augmentations.ipynb #76deebb3
 from fastai.vision.all import *
 from contextlib import contextmanager
-from textwrap import fill
+from textwrap import fill, shorten
 import kornia, kornia.augmentation as K
 from kornia.geometry.transform import affine
 from .data import *
@@ -108,12 +108,17 @@ def random_boxes(
         top,left,bh,bw = (torch.where(none, float(f), o) for f,o in (((h-fh)//2,top),((w-fw)//2,left),(fh,bh),(fw,bw)))
     return torch.stack([top,left,bh,bw],1)
 
-# %% ../nbs/api/01_augmentations.ipynb #49ba4c9f
+# %% ../nbs/api/01_augmentations.ipynb #32fd2279
 class _Draws(K.random_generator.RandomGeneratorBase):
     "A parameter generator of kornia that calls a function, always on the CPU"
     def __init__(self, draw, **settings):
         super().__init__()
-        self.draw,self.settings = draw,settings
+        self.draw,self.settings = draw,{}
+        self.set(**settings)
+    def set(self, **settings):
+        new = self.settings | settings
+        self.draw(0, 8, 8, **new)                                # raises an error for settings that do not fit
+        self.settings.update(new)
     def set_rng_device_and_dtype(self, device=None, dtype=None): self.device,self.dtype = torch.device('cpu'),torch.float32
     def __repr__(self): return ', '.join(f'{k}={_short(v)}' for k,v in self.settings.items())
     def forward(self, batch_shape, same_on_batch=False):
@@ -127,10 +132,15 @@ def _short(v):
     if isinstance(v, (tuple,list)): return f"({', '.join(map(_short, v))})"
     return f'{v:.4g}' if isinstance(v, float) else getattr(v, 'name', str(v)).lower() if isinstance(v, Enum) else str(v)
 
+def _name(f):
+    "The name of a function or of its class"
+    if isinstance(f, partial): return f'partial({_name(f.func)})'
+    return getattr(f, '__qualname__', type(getattr(f, 'tfm', f)).__name__)
+
 def _describe(m):
     "A module with its settings, without those that only switch something off"
-    if isinstance(m, Lambda): return f"{getattr(m.func, '__qualname__', type(m.func).__name__)}"
-    if not hasattr(m, '_param_generator'): return repr(m)
+    if isinstance(m, Lambda): return _name(m.func)
+    if not hasattr(m, '_param_generator'): return shorten(repr(m), 400, placeholder=' ...')
     flags = {k:v for k,v in m.flags.items() if k in ('mean','std')} if isinstance(m, (K.Normalize,_PerImage)) else m.flags
     drawn = [str(m._param_generator)] if '=' in str(m._param_generator) else []
     on    = [f'{k}=True' for k in ('same_on_batch','keepdim') if getattr(m, k) and not isinstance(m, K.Normalize)]
@@ -142,9 +152,16 @@ def _drawn(m, params):
     on = params['batch_prob'].cpu()>.5
     return torch.ones_like(on) if m.p==1 and m.p_batch==1 else on
 
+def _check_p(**ps):
+    for k,v in ps.items():
+        if not 0<=v<=1: raise ValueError(f"{k}={v}: pass a probability from 0 to 1")
+
 class _PerImage:
     "A kornia augmentation with its own parameters for each image, computed for the images that are drawn"
     _rows,_unit = (),False                                       # parameters with a row per image; True if images have to be in [0,1]
+    def __init__(self, *args, p=1., **kwargs):
+        _check_p(p=p)
+        super().__init__(*args, p=p, **kwargs)
     def change(self, x, d, flags, transform=None): raise NotImplementedError
     def set_rng_device_and_dtype(self, device, dtype): super().set_rng_device_and_dtype(torch.device('cpu'), torch.float32)
     def __repr__(self): return _describe(self)
@@ -153,7 +170,7 @@ class _PerImage:
     def _settings(self): return getattr(self.__dict__.get('_modules', {}).get('_param_generator'), 'settings', {})
     def __getattr__(self, k): return self._settings[k] if k in self._settings else super().__getattr__(k)
     def __setattr__(self, k, v):
-        if k in self._settings: self._settings[k] = v
+        if k in self._settings: self._param_generator.set(**{k:v})
         else: super().__setattr__(k, v)
 
     @torch.no_grad()
@@ -173,7 +190,13 @@ def crop_boxes(
     src = params['src'].cpu().flip(-1)                           # corners (y,x), clockwise from the upper left
     return torch.cat([src[:,0],src[:,2]-src[:,0]+1], 1)
 
+def _check_pair(name, v, most=math.inf):
+    if not (isinstance(v, (tuple,list)) and len(v)==2 and 0<v[0]<=v[1]<=most):
+        raise ValueError(f"{name}={v}: pass (minimum, maximum), 0 < minimum <= maximum{'' if most==math.inf else f' <= {most}'}")
+
 def _draw_crops(n, h, w, size, scale, ratio, flip_p):
+    _check_pair('scale', scale, 1); _check_pair('ratio', ratio); _check_p(flip_p=flip_p)
+    if not (isinstance(size, numbers.Integral) and size>0): raise ValueError(f"size={size}: pass one number, in pixels: crops are square")
     boxes = random_boxes(n, h, w, scale, ratio)
     (t,l),(b,r) = boxes[:,:2].T,(boxes[:,:2]+boxes[:,2:]-1).T
     def corners(l, t, r, b): return torch.stack([l,t, r,t, r,b, l,b], 1).view(-1,4,2)
@@ -191,10 +214,15 @@ class RandomResizedCropFlip(_PerImage, K.RandomResizedCrop):
         same_on_batch:bool=False, # Use the same box for all images
         keepdim:bool=False # Return a single image without a batch dimension, if it was given so
     ):
-        opts = dict(resample='bicubic', align_corners=False, same_on_batch=same_on_batch, keepdim=keepdim)
+        draws = _Draws(_draw_crops, size=size, scale=scale, ratio=ratio, flip_p=flip_p)
+        opts  = dict(resample='bicubic', align_corners=False, same_on_batch=same_on_batch, keepdim=keepdim)
         super().__init__((size,size), scale, ratio, **opts)
-        self._param_generator = _Draws(_draw_crops, size=size, scale=scale, ratio=ratio, flip_p=flip_p)
+        self._param_generator = draws
         self._compute_matrix_lazily = False
+
+    def __setattr__(self, k, v):
+        super().__setattr__(k, v)
+        if k=='size': self.flags['size'] = (v,v)
 
     def compute_transformation(self, input, params, flags):
         m,w = super().compute_transformation(input, params, flags),flags['size'][1]
@@ -388,8 +416,10 @@ def solarize(
     "Invert values above 0.5"
     return torch.minimum(x, 1-x)
 
-# %% ../nbs/api/01_augmentations.ipynb #7a00fc44
-def _draw_sigma(n, h, w, sigma): return dict(sigma=torch.empty(n).uniform_(*sigma))
+# %% ../nbs/api/01_augmentations.ipynb #a07fdeff
+def _draw_sigma(n, h, w, sigma):
+    _check_pair('sigma', sigma)
+    return dict(sigma=torch.empty(n).uniform_(*sigma))
 
 class RandomGaussianBlurPerImage(_PerImage, K.IntensityAugmentationBase2D):
     "kornia's `RandomGaussianBlur` with a kernel as wide as each sigma needs, computed only for the images that are drawn"
@@ -415,11 +445,17 @@ class RandomSolarizeHalf(_PerImage, K.IntensityAugmentationBase2D):
     ): super().__init__(p=p, same_on_batch=same_on_batch, keepdim=keepdim)
     def change(self, x, d, flags, transform=None): return solarize(x)
 
-# %% ../nbs/api/01_augmentations.ipynb #6ff7fbf1
+# %% ../nbs/api/01_augmentations.ipynb #c5aee8ed
+class _OfFastai:
+    "A batch transform of fastai as a function of tensors; without `split_idx` or with plain tensors it would do nothing"
+    def __init__(self, tfm): self.tfm = tfm
+    def __call__(self, x): return self.tfm(TensorImage(x), split_idx=0)
+
 def _as_module(t):
     "A transform as a module"
     if isinstance(t, nn.Module): return t
-    if callable(t): return Lambda(t)
+    if isinstance(t, Transform): return Lambda(_OfFastai(t))
+    if callable(t) and not isinstance(t, type): return Lambda(t)
     raise TypeError(f"a transform {t!r}: pass an augmentation of kornia, or a callable from a batch of images to a batch of images")
 
 def _is_kornia(m): return isinstance(m, (K.AugmentationBase2D,K.MixAugmentationBaseV2,K.ImageSequential))
@@ -467,9 +503,9 @@ class View(K.ImageSequential):
         if len(mean)!=3 and (saturation or hue or gray_p):
             raise ValueError(f"images of {len(mean)} channels have no hue, saturation or grey: "
                              "pass saturation=0, hue=0, gray_p=0")
-        if not (0<min_scale<=max_scale<=1):
-            raise ValueError(f"crop scales from {min_scale} to {max_scale}: pass 0 < min_scale <= max_scale <= 1")
-        if any(isinstance(t, K.Normalize) for t in xtra_tfms):
+        _check_pair('(min_scale, max_scale)', (min_scale,max_scale), 1); _check_p(gray_p=gray_p)
+        xtra_tfms = list(xtra_tfms) if is_listy(xtra_tfms) else [xtra_tfms]
+        if any(_stats_in(t) is not None for t in xtra_tfms):
             raise ValueError("xtra_tfms has a normalisation, but views end with one: pass its values as stats=(mean, std)")
         jitter = jitter_p and any((brightness,contrast,saturation,hue))
         steps = [RandomResizedCropFlip(size, (min_scale,max_scale), ratio, flip_p),
@@ -500,7 +536,24 @@ class View(K.ImageSequential):
     def pop(self, i=-1): return self._edit(list.pop, i)
     def __setitem__(self, i, t): self._edit(list.__setitem__, i, t)
     def __delitem__(self, i): self._edit(list.__delitem__, i)
-    def __getitem__(self, i): return list(self)[i]
+    def __getitem__(self, i): return self._of(list(self)[i]) if isinstance(i, slice) else list(self)[i]
+    def __add__(self, ts): return self._of([*self, *ts])
+    def __iadd__(self, ts):
+        self.extend(ts)
+        return self
+    def _of(self, steps):
+        new = copy(self)
+        new._modules = {}
+        new._set(steps)
+        return new
+
+    def _check_params(self, params, shape):
+        ours,given = list(self._modules),[getattr(o, 'name', o) for o in L(params)]
+        if given!=ours: raise ValueError(f"params of {given} for a view of {ours}: pass the _params of a call of the same view")
+        was = (params[0].data or {}).get('forward_input_shape') if params else None
+        if was is not None and (n := [*map(int, was)])[:1]+n[-2:]!=[*shape[:1],*shape[-2:]]:
+            raise ValueError(f"params of a batch of shape {tuple(n)} for one of shape {tuple(shape)}: "
+                             "pass as many images of the same size")
 
     def __getattr__(self, k):
         if k not in _of_view: return super().__getattr__(k)
@@ -521,10 +574,13 @@ class View(K.ImageSequential):
         **kwargs
     )->Tensor: # (bs,C,size,size), normalised
         "Create one view per image"
-        y = _views(x[None] if x.ndim==3 else x, [self], [params], lambda p: True)[0]
-        return y[0] if x.ndim==3 and self.keepdim else y
+        one = isinstance(x, Tensor) and x.ndim==3
+        x = x[None] if one else x
+        if params is not None: self._check_params(params, _check_batch(x).shape)
+        y = _views(x, [self], [params], lambda p: True)[0]
+        return y[0] if one and self.keepdim else y
 
-# %% ../nbs/api/01_augmentations.ipynb #e588beb3
+# %% ../nbs/api/01_augmentations.ipynb #12f9e85b
 @contextmanager
 def _one_thread(on):
     n = torch.get_num_threads()
@@ -591,7 +647,8 @@ def _run_fast(y, steps):
 
 def _run_other(view, m, item, y, in_unit):
     "Apply a module of the view as kornia does; `in_unit`: it has to return images in [0,1]"
-    out,who = view.transform_inputs(y, params=[item]),_describe(m)
+    out,who = view.transform_inputs(y, params=[item]),_name(getattr(m, 'func', m))
+    if isinstance(out, TensorBase): out = out.as_subclass(Tensor)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(f"{who} returned {f'a tensor of {out.dtype}' if isinstance(out, Tensor) else f'a {type(out).__name__}'}: "
                         "return a tensor of floats in [0,1]")
@@ -602,7 +659,7 @@ def _run_other(view, m, item, y, in_unit):
     if in_unit and out.device.type=='cpu' and out.numel():       # elsewhere the check would wait for the device
         lo,hi = (o.item() for o in out.aminmax())
         if not (lo>=-1 and hi<=2):
-            raise ValueError(f"{who} returned values from {lo:.4g} to {hi:.4g}: return images in [0,1]")
+            raise ValueError(f"{who} returned values from {lo:.4g} to {hi:.4g}: return images in [0,1], or lower its strength")
     return out
 
 def _run(x, views, draws):
@@ -630,10 +687,15 @@ def _run(x, views, draws):
                 with _one_thread(on_cpu): ys[i] = _run_fast(y, [part])
     return [y.float() for y in ys]
 
+def _check_batch(x):
+    if isinstance(x, Tensor) and x.ndim==4: return x.as_subclass(Tensor)
+    raise TypeError(f"views of {f'a tensor of shape {tuple(x.shape)}' if isinstance(x, Tensor) else f'a {type(x).__name__}'}: "
+                    "pass a batch of images, a tensor (bs,C,H,W)")
+
 def _is_view(p): return isinstance(p, View) and type(p).forward is View.forward
 
 def _views(x, pipelines, params, is_view=_is_view):
-    x = x.as_subclass(Tensor) if isinstance(x, TensorBase) else x
+    x = _check_batch(x)
     n,c,h,w = x.shape
     for p in pipelines:
         mean = getattr(p, 'mean', None) if isinstance(p, View) else None
@@ -662,7 +724,7 @@ def make_views(
     "Create all views of a batch, with one computation for all views of the same size"
     return _views(x, pipelines, [None]*len(pipelines))
 
-# %% ../nbs/api/01_augmentations.ipynb #60bc8e67
+# %% ../nbs/api/01_augmentations.ipynb #3fd3309e
 def stats_of(
     pipelines:list # `View`s, and other callables
 )->tuple|None: # Mean and standard deviation of the channels; None if not known
@@ -673,9 +735,15 @@ def _stats_in(p):
     if type(p).__name__=='Normalize':
         d = getattr(p, 'flags', None) or vars(p)                 # kornia keeps them in flags
         if {'mean','std'}<=set(d): return tuple(torch.as_tensor(d[k], dtype=torch.float32).flatten() for k in ('mean','std'))
-    if isinstance(p, nn.Module): inside = p.children()
-    else: inside = first((getattr(p, k, None) for k in ('transforms','fs')), lambda o: isinstance(o, (list,tuple,L))) or ()
+    lists  = [o for k in ('transforms','fs') if isinstance(o := getattr(p, k, None), (list,tuple,L))]
+    inside = concat(*lists, *([o] for k in ('func','tfm') if (o := getattr(p, k, None))), p.children() if isinstance(p, nn.Module) else ())
     return first(map(_stats_in, inside), lambda o: o is not None)
+
+def describe_views(
+    pipelines:list # `View`s, and other callables
+)->list: # The augmentations of each view as text
+    "Describe views for the notes of a run; equal augmentations have equal texts"
+    return [[_describe(m) for m in p] if isinstance(p, View) else [repr(p) if isinstance(p, nn.Module) else _name(p)] for p in pipelines]
 
 class AugPipelines(list):
     "A list of callables, one per view, that computes all views of a batch together"
@@ -714,6 +782,10 @@ def get_dino_aug_pipelines(
     **kwargs
 )->AugPipelines: # One `View` per crop, global crops first
     "Create DINO's views (Caron et al. 2021); an option is one value, three (global 1, global 2, local) or one per view"
+    for k,v in dict(num_crops=num_crops, crop_sizes=crop_sizes, min_scales=min_scales, max_scales=max_scales).items():
+        if not (is_listy(v) and len(v)==2): raise ValueError(f"{k}={v}: pass two values, (global, local)")
+    if wrong := [k for k in kwargs if k not in inspect.signature(get_dino_aug_pipelines).parameters]:
+        raise TypeError(f"get_dino_aug_pipelines has no option {', '.join(wrong)}: see help(get_dino_aug_pipelines)")
     n = sum(num_crops)
     if n_in!=3:
         if 'stats' not in kwargs:
@@ -766,7 +838,7 @@ def show_views(
 # %% ../nbs/api/01_augmentations.ipynb #220dd3af
 import inspect
 
-# %% ../nbs/api/01_augmentations.ipynb #7330a017
+# %% ../nbs/api/01_augmentations.ipynb #6d036364
 _least_width = 18                                                # pixels of the image in a crop, unless that is over 30% of the area
 _small_areas = .3,.7                                             # range of the area of local crops in the smallest images
 _least_blur  = .6                                                # largest sigma in the smallest crops
@@ -776,8 +848,8 @@ def _crop_sizes(size, patch):
     unit = math.lcm(*L(patch)) if patch else 8
     g = min(224,size)//unit*unit
     if not g:
-        raise ValueError(f"images of {size} pixels are smaller than a patch of {unit}: "
-                         "pass larger images, or a model with smaller patches")
+        what,other = ('a patch',', or a model with smaller patches') if patch else ('the smallest crop','')
+        raise ValueError(f"images of {size} pixels are smaller than {what} of {unit}: pass larger images{other}")
     return g,max(unit, round(g*96/224/unit)*unit)
 
 def view_defaults(

@@ -403,7 +403,7 @@ class Paths(Sequence):
 
     def __repr__(self): return f"(#{len(self)}) [{', '.join(map(repr, self[:10]))}{', ...' if len(self)>10 else ''}]"
 
-# %% ../nbs/api/00_data.ipynb #ad29838f
+# %% ../nbs/api/00_data.ipynb #5bf6a60e
 @functools.cache
 def _side_stream(device): return torch.cuda.Stream(device)       # one, because the allocator keeps memory for each stream
 
@@ -429,10 +429,12 @@ def copied_ahead(
     while copies: yield finish(*copies.popleft())
 
 def _what_workers_use(dl):
-    "What a worker received when it started, as far as assignments can change it"
-    pipes = {k: getattr(dl, k) for k in ('after_item','before_batch')}
-    own   = {k:v for k,v in vars(dl).items() if k not in ('rng','it','i','n','n_padded','_DataLoader__idxs','shared','workers')}
-    return {**vars(dl.dataset), **own, **{f'{k}.split_idx': getattr(p, 'split_idx', None) for k,p in pipes.items()}}
+    "What a worker received when it started, as far as assignments can change it: attributes of loader, data set and transforms"
+    dls   = [o for o in (dl, vars(dl).get('dl')) if o is not None]           # that of a rank wraps another one
+    pipes = [vars(o).get(k) for o in dls for k in ('after_item','before_batch')]
+    parts = [*dls, dl.dataset, getattr(dl.dataset, 'open_fn', None), *pipes, *concat(*(getattr(p, 'fs', ()) for p in pipes))]
+    other = 'rng','it','i','n','n_padded','_DataLoader__idxs','shared','workers'
+    return {(i,k):v for i,o in enumerate(parts) for k,v in ((None,o), *getattr(o, '__dict__', {}).items()) if k not in other}
 
 def _equal(a, b): return a is b or isinstance(a, (int,float,str,Path,torch.device)) and type(a) is type(b) and a==b
 
@@ -471,7 +473,7 @@ class InputDL(TfmdDL):
         it,used,busy = self.workers or (None,None,False)
         if not self.keep_workers or busy:                        # busy: this epoch is inside another one of the same loader
             shared,self.shared = self.shared,None
-            try: return _MultiProcessingDataLoaderIter(self.fake_l)
+            try: return self._new_workers(False)
             finally: self.shared = shared
         idxs = torch.as_tensor(np.asarray(self._DataLoader__idxs, dtype=np.int32))
         now  = _what_workers_use(self)
@@ -486,10 +488,18 @@ class InputDL(TfmdDL):
         self.workers = it,now,True
         return it
 
-    def _new_workers(self):
-        self.fake_l.persistent_workers = True
+    def _new_workers(self, stay=True):
+        self.fake_l.persistent_workers,on = stay,gc.isenabled()
+        gc.disable()                # a forked worker must not collect another loader of this process: it cannot end its workers
         try: return _MultiProcessingDataLoaderIter(self.fake_l)
-        finally: self.fake_l.persistent_workers = False
+        finally:
+            self.fake_l.persistent_workers = False
+            if on: gc.enable()
+
+    def wif(self):                                               # in a worker
+        gc.freeze()
+        gc.enable()
+        warnings.filterwarnings('ignore', module='PIL')          # Pillow's warnings about images that it can read
 
     def sample(self):
         info = get_worker_info()
@@ -516,7 +526,7 @@ def stop_workers(
     for dl in dls.loaders:
         if isinstance(dl, InputDL): dl.stop_workers()
 
-# %% ../nbs/api/00_data.ipynb #1ccf5962
+# %% ../nbs/api/00_data.ipynb #ee423304
 class ImageFiles:
     "Image files as a data set of `(image,)`"
     n_inp = 1
@@ -557,9 +567,6 @@ class FilesDL(InputDL):
             while (j := self.rng.getrandbits(n.bit_length()))>=n: pass
             res[i],pool[j] = pool[j],pool[n-1]
         return np.array(res, dtype=np.int32)
-    def wif(self):                                               # in a worker
-        gc.freeze()
-        warnings.filterwarnings('ignore', module='PIL')          # Pillow's warnings about images that it can read
 
 # %% ../nbs/api/00_data.ipynb #5773d46b
 def as_picture(
@@ -813,7 +820,7 @@ class JpegDL(ReadableDL):
     def create_batch(self, b): return (JpegBatch([o for o, in b]),)
     def retain(self, res, b): return res
 
-# %% ../nbs/api/00_data.ipynb #47c9b0b7
+# %% ../nbs/api/00_data.ipynb #8094857b
 class _Open(Transform):
     "Open a file, or convert an image of any kind"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # read by fastai's `test_dl`
@@ -849,7 +856,7 @@ def unlabelled_dls(
     train,valid = files[train],files[valid]
     if len(train)<bs:
         raise ValueError(f"{len(train)} training images are fewer than a batch of {bs}: "
-                         f"pass bs={max(1,len(train))} or less, or add images")
+                         f"use batches of {max(1,len(train))}, or add images")
     device  = torch.device(ifnone(device, default_device()))
     if decode_on_device: decode_on_device = _can_decode(device, open_fn, cache)
     if decode_on_device: open_fn = read_jpeg

@@ -6,18 +6,18 @@
 __all__ = ['run_ends', 'RunCheckpoint', 'TimeLimit', 'sigterm_as_interrupt', 'History', 'describe_run', 'read_notes', 'note_run',
            'read_messages', 'RunNotes']
 
-# %% ../nbs/api/21_runs.ipynb #5615982b
+# %% ../nbs/api/21_runs.ipynb #346f56d4
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from contextlib import contextmanager
 import csv, importlib.metadata, inspect, json, platform, signal, threading
 from .plain import *
-from .augmentations import view_defaults
+from .augmentations import describe_views, view_defaults
 from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #3501b9b0
+# %% ../nbs/api/21_runs.ipynb #6f045928
 class _AtEpochEnd(Callback):
     "Call `epoch_done` once per trained epoch, even if another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -71,6 +71,7 @@ def _callback_state(cb):
     return {k: vars(cb)[k] for k in names if k in vars(cb)}
 
 def _method(learn): return first(learn.cbs, lambda c: hasattr(c, 'make_views'))
+def _augmentations(method): return describe_views(getattr(method, 'aug_pipelines', []))
 
 def _last(v): return float(np.ravel(v)[-1])                      # value of the last parameter group
 
@@ -158,17 +159,22 @@ class RunCheckpoint(_AtEpochEnd):
             raise ValueError(f"{file} has {state['epoch']} completed epochs, n_epoch={self.n_epoch}: pass more epochs")
 
     def _compare_views(self, file, state):
-        "Warn if the crops, which the learner chose by the size of the images, are not those of the completed epochs"
+        "Warn if the views are not those of the completed epochs"
         method = _method(self.learn)
-        if not getattr(method, 'auto_views', False): return
-        new = to_plain(method.view_settings, tensors=True)
-        # version 0.1 had the areas and the blur for 224 pixels at all sizes
-        old = state.get('view_settings', view_defaults(224, method.views) | dict(crop_sizes=new['crop_sizes']))
-        changed = [k for k in new if old and old[k]!=new[k]]
-        if not changed: return
-        given = ', '.join(f'{k}={v}' for k,v in old.items())
-        warnings.warn(f"{file} was saved with crops of other {' and '.join(changed)} than this version chooses: to keep them, "
-                      f"pass aug_pipelines={method.views.__name__}({given}) to the learner")
+        if getattr(method, 'auto_views', False):
+            new = to_plain(method.view_settings, tensors=True)
+            # version 0.1 had the areas and the blur for 224 pixels at all sizes
+            old = state.get('view_settings', view_defaults(224, method.views) | dict(crop_sizes=new['crop_sizes']))
+            if changed := [k for k in new if old and old[k]!=new[k]]:
+                given = ', '.join(f'{k}={v}' for k,v in old.items())
+                warnings.warn(f"{file} was saved with crops of other {', '.join(changed)} than this version chooses: to keep them, "
+                              f"pass aug_pipelines={method.views.__name__}({given}) to the learner")
+                return
+        old,new = state.get('augmentations'),_augmentations(method)
+        if old is None or old==new: return
+        i = next(i for i,(a,b) in enumerate(itertools.zip_longest(old, new)) if a!=b)
+        what = f"{len(old)} views and not {len(new)}" if len(old)!=len(new) else f"other augmentations in view {i}: {', '.join(old[i])}"
+        warnings.warn(f"{file} was saved with {what}: to keep them, pass the same aug_pipelines to the learner")
 
     def _load_state(self, state):
         get_model(self.model).load_state_dict(state['model'])
@@ -290,7 +296,8 @@ class RunCheckpoint(_AtEpochEnd):
         exact = dict(epoch=self.epoch+1, planned=self.planned, args=self.run_args, random=random,
                      smooth_loss=(smooth.val,smooth.count),
                      unfinished=acc and dict(count=acc.count, grads=grads, sums=sums))
-        other = dict(view_settings=getattr(_method(self.learn), 'view_settings', None),
+        method = _method(self.learn)
+        other = dict(view_settings=getattr(method, 'view_settings', None), augmentations=_augmentations(method),
                      recorder=dict(names=self._columns(), values=self.recorder.values),
                      callbacks={c.name: o for c in self.learn.cbs if (o := _callback_state(c))})
         return to_plain(self._weights()|exact, 'checkpoint', tensors=True) | to_plain(other, tensors=True, other=str)
@@ -396,7 +403,7 @@ class History(_AtEpochEnd, CSVLogger):
             raise OSError(f"{self.fname} could not be written ({e.strerror or e}): free space or pass another folder, "
                           "and resume") from e
 
-# %% ../nbs/api/21_runs.ipynb #5513831d
+# %% ../nbs/api/21_runs.ipynb #3d3360d9
 def _cpu():
     "Name of the processor; on Linux, Python does not know it"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
@@ -455,6 +462,7 @@ def describe_run(
         batch=getattr(dl, 'bs', None),
         views=[getattr(o, 'size', None) for o in getattr(method, 'aug_pipelines', [])],
         view_settings=getattr(method, 'view_settings', None),
+        augmentations=_augmentations(method),
         ln_k=math.log(model.C.shape[1]) if hasattr(model, 'C') else None,
         chosen=_resolved(learn, method, model))
 

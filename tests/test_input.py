@@ -1,5 +1,5 @@
 "From files to the device: images that are opened once, in memory or shrunk in a folder, train as files do"
-import contextlib, json, pytest, signal, warnings
+import contextlib, gc, json, pytest, signal, warnings
 from fastai.vision.all import *
 from self_supervised.all import *
 from self_supervised.cli import run_command
@@ -324,3 +324,38 @@ def test_workers_of_a_rank_stay_too(images, monkeypatch):
         pids.append([w.pid for w in kept.workers[0]._workers])
     assert pids[0]==pids[1] and new.workers is None
     kept.stop_workers()
+
+def test_workers_that_stay_follow_changes_of_transforms(images):
+    dls = image_loader(images, 1)
+    dl,crop = dls.train,first(dls.train.after_item.fs, risinstance(SquareCrop))
+    assert first(dl)[0].shape[-1]==16 and dl.workers
+    def pid(): return dl.workers[0]._workers[0].pid
+    old = pid()
+    list(dl)
+    assert pid()==old
+    crop.size = 8,8                                              # progressive resizing, for example
+    assert first(dl)[0].shape[-1]==8 and pid()!=old
+    dl.after_item.fs.append(Transform(lambda x: x*0))
+    assert first(dl)[0].max()==0
+    stop_workers(dls)
+
+def test_a_new_worker_does_not_collect_other_loaders(images, tmp_path, monkeypatch):
+    "Python may collect garbage in a forked process at any time; here it does so at once"
+    forked,failed = dict(collect=True),tmp_path/'failed'
+    monkeypatch.setattr(sys, 'unraisablehook', lambda o: failed.write_text(str(o.exc_value)))
+    os.register_at_fork(after_in_child=lambda: forked['collect'] and gc.isenabled() and gc.collect())
+    other = image_loader(images, 1)
+    first(other.train)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1_000_000)                                  # the main process does not
+    try:
+        other.train.myself = other.train
+        del other
+        dls = image_loader(images, 1)
+        assert len(list(dls.train))==5 and gc.isenabled()
+        stop_workers(dls)
+    finally:
+        gc.set_threshold(*threshold)
+        forked['collect'] = False
+        gc.collect()
+    assert not failed.exists()

@@ -3,10 +3,10 @@ import io, inspect, pytest, warnings
 from contextlib import redirect_stdout
 from fastai.vision.all import *
 from self_supervised import augmentations
-from self_supervised.augmentations import view_defaults
+from self_supervised.augmentations import describe_views, view_defaults
 from self_supervised.cli import dino_train, run_command, train as cli_train
 from self_supervised.lab import methods, _data
-from self_supervised.runs import read_notes
+from self_supervised.runs import RunNotes, read_notes
 from self_supervised.vision.core import method_learner
 from self_supervised.vision.dino import *
 from helpers import *
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_views(folder, tmp_path, monkeypatch, no_figures
         assert command(folder, tmp_path, 2, '--resume')==d
     # a run of version 0.1 had the areas and the blur for 224 pixels
     state = kept(tmp_path)
-    del state['view_settings']
+    del state['view_settings'],state['augmentations']
     torch.save(state, tmp_path/'checkpoint.pth')
     old = dict(crop_sizes=(32,16), **usual(get_dino_aug_pipelines))
     for n in (3,4): assert command(folder, tmp_path, n, '--resume')==old
@@ -140,9 +140,32 @@ def test_a_learner_that_continues_a_run_with_other_views_warns(tmp_path):
         warnings.filterwarnings('error', '.*crops of other')
         fit(make(), 2, tmp_path, True)
         state = kept(tmp_path)
-        del state['view_settings']
+        del state['view_settings'],state['augmentations']
         torch.save(state, tmp_path/'checkpoint.pth')
         fit(make(get_dino_aug_pipelines(crop_sizes=(32,16))), 3, tmp_path, True)       # the pipelines of the user
     torch.save(state, tmp_path/'checkpoint.pth')
-    advice = r"crops of other min_scales and max_scales and blur_sigma.*aug_pipelines=get_dino_aug_pipelines\(crop_sizes=\(32, 16\), min_scales=\(0.4, 0.05\)"
+    advice = r"crops of other min_scales, max_scales, blur_sigma.*aug_pipelines=get_dino_aug_pipelines\(crop_sizes=\(32, 16\), min_scales=\(0.4, 0.05\)"
     with pytest.warns(UserWarning, match=advice): fit(make(), 3, tmp_path, True)
+
+def test_own_views_are_noted_and_other_views_of_a_resumed_run_warn(tmp_path):
+    import kornia.augmentation as K
+    def darker(x): return x*.5
+    dls = images_dls(32, 32)
+    def views(*tfms): return get_digits_aug_pipelines((2,1), xtra_tfms=tfms)
+    def said(n, pipes, resume=True):
+        learn = dino_learner(dls, 'convnet_mini', pipes, out_dim=32)
+        with quiet(learn), warnings.catch_warnings(record=True) as w:
+            warnings.simplefilter('always')
+            learn.fit_dino(n, cbs=[RunCheckpoint(tmp_path, resume=resume), RunNotes(tmp_path, resume=resume)])
+        return ' '.join(str(o.message) for o in w if 'was saved with' in str(o.message))
+    ours = views(K.RandomErasing(p=.5), darker)
+    assert said(1, ours, False)=='' and said(2, views(K.RandomErasing(p=.5), darker))==''
+    noted = read_notes(tmp_path)['augmentations']
+    assert noted==describe_views(ours) and [len(o) for o in noted]==[len(v) for v in ours]
+    assert noted[0][-3].startswith('RandomErasing(') and noted[0][-2].endswith('darker')
+    assert 'other augmentations in view 0: RandomResizedCropFlip(size=16' in said(3, views())
+    assert '3 views and not 6' in said(4, None)
+
+def test_one_view_is_not_a_list_of_views():
+    with pytest.raises(ValueError, match='aug_pipelines is one View: pass a list of views'): DINO(View(16, .4, 1.))
+    with pytest.raises(ValueError, match='images of 6 pixels are smaller than the smallest crop of 8: pass larger images$'): view_defaults(6)

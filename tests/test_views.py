@@ -1,6 +1,6 @@
 "Views are kornia pipelines: the same seed gives the same views however they are computed, and each augmentation works alone"
 import multiprocessing, pickle, pytest
-import kornia, kornia.augmentation as K
+import kornia, kornia.augmentation as K, torchvision.transforms.v2 as T2
 from concurrent.futures import ProcessPoolExecutor
 from fastai.vision.all import *
 from self_supervised.augmentations import *
@@ -109,7 +109,7 @@ def test_a_view_is_edited_as_a_list():
     assert kinds()==['RandomResizedCropFlip','RandomErasing','RandomGaussianNoise','RandomGaussianBlurPerImage','Normalize','RandomInvert','Lambda']
     assert isinstance(v.pop(), nn.Module) and len(v)==6 and v(x).shape==(6,3,24,24) and v.gray_p==0 and v.jitter_p==0 and v.blur_p==.5
     del v[1:4]
-    assert kinds()==['RandomResizedCropFlip','Normalize','RandomInvert'] and isinstance(v[0:2], list)
+    assert kinds()==['RandomResizedCropFlip','Normalize','RandomInvert'] and type(v[0:2]) is View
     v[0] = K.CenterCrop((20,20))
     assert v(x).shape==(6,3,20,20) and not hasattr(v, 'size')
     t = K.RandomErasing(p=1.)
@@ -213,3 +213,50 @@ def test_a_learner_trains_on_extra_transforms_and_notes_its_views(tmp_path):
     with quiet(learn): learn.fit_dino(1)
     assert learn.recorder.values[-1] and describe_run(learn)['views']==[16,16,8]
     assert learn.dino.aug_pipelines is pipes and torch.equal(stats_of(pipes)[0], pipes[0].mean)
+
+def test_what_views_refuse_and_what_to_do():
+    x,noise = torch.rand(4,3,32,32),K.RandomGaussianNoise(p=1.)
+    def views(*tfms, **kw): return get_dino_aug_pipelines((2,1), (16,8), xtra_tfms=tfms, **kw)
+    normalised = T2.Compose([T2.Normalize([.5]*3, [.5]*3)])
+    for t in (Normalize.from_stats(*imagenet_stats, cuda=False), normalised, nn.Sequential(K.Normalize(torch.zeros(3), torch.ones(3))), View(8, .5, 1.)):
+        with pytest.raises(ValueError, match='views end with one'): views(t)
+    for t in (K.RandomErasing, nn.Identity, None, 'RandomErasing'):
+        with pytest.raises(TypeError, match='pass an augmentation of kornia'): views(t)
+    with pytest.raises(ValueError, match='^RandomGaussianNoise returned values .* lower its strength'): views(noise).views(x)
+    for kw,what in ((dict(num_crops=6),'num_crops=6: pass two'), (dict(crop_sizes=(9,)),'crop_sizes'), (dict(blur_prob=[1]),'no option blur_prob'),
+                    (dict(blur_sigma=(0.,0.)),'sigma'), (dict(blur_sigma=2.),'sigma'), (dict(ratio=1.),'ratio'), (dict(gray_p=2),'gray_p=2'),
+                    (dict(flip_p=-1),'flip_p'), (dict(blur_p=3),'p=3'), (dict(max_scales=(2.,1.)),'scale'), (dict(crop_sizes=((8,9),8)),'square')):
+        with pytest.raises((ValueError,TypeError), match=what): get_dino_aug_pipelines(**kw)
+    v = views()[0]
+    for wrong in (x[0,0], x[None], x.numpy(), [x]):
+        with pytest.raises(TypeError, match=r'pass a batch of images, a tensor \(bs,C,H,W\)'): v(wrong)
+    v(x)
+    for y,params in ((x[:2],v._params), (x[...,:30],v._params)):
+        with pytest.raises(ValueError, match='as many images of the same size'): v(y, params=params)
+    for params in ([], v._params[:2], [3]):
+        with pytest.raises(ValueError, match='_params of a call of the same view'): v(x, params=params)
+    with pytest.raises(ValueError, match='sigma'): v[3].sigma = (2.,1.)
+    assert v[3].sigma==(.1,2.)                                   # unchanged
+
+def test_transforms_of_fastai_run_in_views():
+    x = torch.rand(6,3,32,32)
+    off = dict(flip_p=0., jitter_p=0., gray_p=0., blur_p=0., ratio=(1,1))
+    v = View(32, 1., 1., xtra_tfms=[Flip(p=1.),*aug_transforms(do_flip=False, max_rotate=0., max_zoom=1., max_warp=0., p_lighting=1.)], **off)
+    assert [type(m.func.tfm).__name__ for m in v[1:3]]==['Flip','Brightness'] and 'Brightness' in str(v)
+    y = v[:-1](x)
+    assert type(y) is Tensor and (y.flip(-1)-x).abs().mean()<.3 and not torch.equal(y.flip(-1), x)
+    assert len({round(o.item(), 4) for o in (y.flip(-1)/x).flatten(1).median(1)[0]})>1                  # per image
+    v[-1] = Normalize.from_stats([.5]*3, [.25]*3, cuda=False)
+    assert all(torch.equal(a, torch.full((3,), b)) for a,b in zip(stats_of([v]), (.5,.25))) and v(x).min()<-1
+
+def test_parts_of_a_view_and_sums_are_views():
+    x,v = torch.rand(2,3,32,32),View(16, .5, 1., xtra_tfms=(o for o in [K.RandomInvert(p=1.)]))
+    n = len(v)
+    assert isinstance(v[-2], K.RandomInvert) and type(v[:-1]) is View and v[:-1](x).min()>=0
+    w = v+[K.RandomErasing()]
+    assert type(w) is View and len(w)==n+1 and len(v)==n
+    w += [nn.Identity()]
+    assert type(w) is View and len(w)==n+2 and w(x).shape==(2,3,16,16)
+    v[0].size = 8
+    assert v.size==8 and v(x).shape==(2,3,8,8)
+    assert 'partial(' in str(View(8, .5, 1., xtra_tfms=partial(torch.flip, dims=(-1,))))

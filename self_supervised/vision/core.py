@@ -257,7 +257,7 @@ def cancel_last_layer_grads(
 
 no_last_layer_grads = cancel_last_layer_grads                    # its name until 0.1
 
-# %% ../../nbs/api/30_vision.core.ipynb #8101708b
+# %% ../../nbs/api/30_vision.core.ipynb #e46f022f
 class MultiView(Callback):
     "Replace each batch by its crops and the loss by the method's objective during a fit"
     order = MixedPrecision.order+2                               # inside autocast, after gradient clipping
@@ -280,6 +280,8 @@ class MultiView(Callback):
             known = tuple(torch.as_tensor(o).flatten().tolist() for o in known)
             raise ValueError(f"stats={stats}, but the pipelines normalise with {known}: "
                              "leave stats out, or make the pipelines with these")
+        if isinstance(aug_pipelines, nn.Module):
+            raise ValueError(f"aug_pipelines is one {type(aug_pipelines).__name__}: pass a list of views, one per crop")
         if max(self.large_crop_ids)>=len(aug_pipelines) or self.large_crop_ids[0]<0:
             raise ValueError(f"large_crop_ids={self.large_crop_ids} but only {len(aug_pipelines)} pipelines: "
                              "ids count from 0")
