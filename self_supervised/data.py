@@ -820,7 +820,7 @@ class JpegDL(ReadableDL):
     def create_batch(self, b): return (JpegBatch([o for o, in b]),)
     def retain(self, res, b): return res
 
-# %% ../nbs/api/00_data.ipynb #8094857b
+# %% ../nbs/api/00_data.ipynb #5126bff9
 class _Open(Transform):
     "Open a file, or convert an image of any kind"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # read by fastai's `test_dl`
