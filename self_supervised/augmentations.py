@@ -10,6 +10,7 @@ __all__ = ['resize_matrix', 'crop_matmul', 'crop_resize', 'random_boxes', 'crop_
            'AugPipelines', 'get_dino_aug_pipelines', 'get_digits_aug_pipelines', 'show_views', 'view_defaults']
 
 # %% ../nbs/api/01_augmentations.ipynb #76deebb3
+import inspect
 from fastai.vision.all import *
 from contextlib import contextmanager
 from textwrap import fill, shorten
@@ -834,9 +835,6 @@ def show_views(
             title = f'view {col}\n{o.shape[-1]} px' if col else 'image'
             show_image(as_picture(o.clamp(0,1)), ctx=axs[row,col], cmap='gray', title=None if row else title)
     return axs
-
-# %% ../nbs/api/01_augmentations.ipynb #220dd3af
-import inspect
 
 # %% ../nbs/api/01_augmentations.ipynb #6d036364
 _least_width = 18                                                # pixels of the image in a crop, unless that is over 30% of the area

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'Unreadable', 'opener', 'JpegFile', 'read_jpeg', 'read_image', 'open_image',
            'try_images', 'image_tensor', 'SquareCrop', 'to_unit', 'check_unit', 'image_batch', 'NoImages', 'image_dls',
-           'n_images', 'Paths', 'copied_ahead', 'InputDL', 'stop_workers', 'ImageFiles', 'FilesDL', 'as_picture',
-           'list_bad_files', 'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls', 'as_in_validation', 'JpegBatch',
-           'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL', 'takes_any_file', 'unlabelled_dls',
+           'n_images', 'Paths', 'copied_ahead', 'quiet_pillow', 'InputDL', 'stop_workers', 'ImageFiles', 'FilesDL',
+           'as_picture', 'list_bad_files', 'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls', 'as_in_validation',
+           'JpegBatch', 'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL', 'takes_any_file', 'unlabelled_dls',
            'list_images', 'find_images', 'channel_stats', 'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset',
            'shapes_dls', 'stratified_split', 'ToUnit', 'MiddleCrop', 'class_files', 'labelled_dls', 'MissingExtra',
            'need_extra']
@@ -438,6 +438,12 @@ def _what_workers_use(dl):
 
 def _equal(a, b): return a is b or isinstance(a, (int,float,str,Path,torch.device)) and type(a) is type(b) and a==b
 
+def quiet_pillow(
+    worker:int=0 # Number of the worker process
+):
+    "Ignore Pillow's warnings about images that it can read; a `worker_init_fn` of PyTorch"
+    warnings.filterwarnings('ignore', module='PIL')
+
 class InputDL(TfmdDL):
     "A loader that copies batches to a GPU ahead of time, and whose worker processes stay for the next epoch"
     copy_ahead,keep_workers,shared,workers = True,False,None,None
@@ -499,7 +505,7 @@ class InputDL(TfmdDL):
     def wif(self):                                               # in a worker
         gc.freeze()
         gc.enable()
-        warnings.filterwarnings('ignore', module='PIL')          # Pillow's warnings about images that it can read
+        quiet_pillow()
 
     def sample(self):
         info = get_worker_info()

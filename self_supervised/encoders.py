@@ -6,9 +6,9 @@
 __all__ = ['says_what_fits', 'create_encoder', 'deit_tiny', 'deit_small', 'vit_base', 'MiniConvNet', 'convnet_mini',
            'vit_mini_patch4_16', 'ClassTokenAttention', 'ClassTokenBlock', 'ClassTokenViT', 'skip_unused_tokens',
            'set_attention', 'features_and_tokens', 'MultiCropWrapper', 'eval_mode', 'device_of', 'channels_of',
-           'first_line', 'check_input', 'native_size', 'check_sizes', 'encoder_of', 'eager', 'last_attention',
-           'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps', 'vit_tokens',
-           'vit_features', 'image_feature', 'device_named']
+           'first_line', 'check_input', 'native_size', 'check_sizes', 'encoder_of', 'method_of', 'eager',
+           'last_attention', 'patch_size', 'has_class_token', 'has_tokens', 'whole_patches', 'attention_maps',
+           'vit_tokens', 'vit_features', 'image_feature', 'device_named']
 
 # %% ../nbs/api/02_encoders.ipynb #4ecd63ea
 from fastai.vision.all import *
@@ -314,6 +314,12 @@ def encoder_of(
     m = getattr(m, who, getattr(m, 'student', m))
     if isinstance(m, nn.Sequential) and len(m) and isinstance(m[0], MultiCropWrapper): m = m[0]
     return m.encoder if isinstance(m, MultiCropWrapper) else m
+
+def method_of(
+    learn:Learner # Learner
+)->Callback|None: # Its method, such as `DINO`; None if there is none
+    "Return the callback of a learner that makes views"
+    return first(learn.cbs, lambda c: hasattr(c, 'make_views'))
 
 # %% ../nbs/api/02_encoders.ipynb #48dd8254
 @contextmanager

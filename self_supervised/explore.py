@@ -33,8 +33,6 @@ class _Squares:
         except MemoryError: raise
         except Exception as e: return f"{type(e).__name__}: {e}"
 
-def _no_pil_warnings(_): warnings.filterwarnings('ignore', module='PIL')
-
 def _stacked(b):
     "Collate readable images to one tensor, and list the error of each image"
     # one tensor per batch, since each tensor that a worker returns needs a file descriptor
@@ -71,7 +69,7 @@ def embed(
     open_fn = opener(channels_of(encoder_of(model, who)), open_fn, "pass an open_fn")
     if not takes_any_file(open_fn): open_fn = partial(open_fn, size=size)
     dl = torch_data.DataLoader(_Squares(files, size, open_fn), bs, num_workers=num_workers,
-                               collate_fn=_stacked, worker_init_fn=_no_pil_warnings)
+                               collate_fn=_stacked, worker_init_fn=quiet_pillow)
     good,bad = [],{}
     batches  = _readable(progress_bar(dl, leave=False) if progress else dl, names, good, bad)
     try: f,_ = extract_features(model, batches, who=who, stats=stats, **kwargs)

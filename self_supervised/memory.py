@@ -130,7 +130,7 @@ def memory_error(
     "Create an error that says what a step needs and how to reduce it"
     model,bs = get_model(learn.model),batch_size(learn.dls)
     device_text = (str(e).strip() or type(e).__name__).splitlines()[-1].strip()
-    method = first(learn.cbs, lambda c: hasattr(c, 'make_views'))
+    method = method_of(learn)
     _free_step(learn)
     need = None
     try:

@@ -200,7 +200,7 @@ class CollapseMonitor(Callback):
         batch:int # Number of the batch, from 0
     )->str: # Likely cause
         "Save the batch, if it is the current one, norms and temperatures to nonfinite.pth"
-        net,method = get_model(self.learn.model),first(c for c in self.learn.cbs if hasattr(c, 'make_views'))
+        net,method = get_model(self.learn.model),method_of(self.learn)
         views = [v.detach().float().cpu() for v in L(self.xb[0])] if batch==self.iter else []
         norms = _norms(net.named_parameters())
         found = dict(

@@ -43,8 +43,6 @@ class _Resized:
         im.save(out := io.BytesIO(), **kw)
         return out.getvalue()
 
-def _no_pil_warnings(_): warnings.filterwarnings('ignore', module='PIL')
-
 def _copy_names(files, folder, out):
     "The files to write in `out`"
     def named(p): return p if p.suffix.lower() in ('.png',*_jpeg) else p.with_name(p.name+'.png')
@@ -88,7 +86,7 @@ def prepare_images(
     bad_list.unlink(missing_ok=True)
     n_workers = min(ifnone(num_workers, defaults.cpus), len(files))
     dl = torch_data.DataLoader(_Resized(files, copies, size, quality), batch_size=None, collate_fn=noop,
-                               num_workers=n_workers, worker_init_fn=_no_pil_warnings)
+                               num_workers=n_workers, worker_init_fn=quiet_pillow)
     bad,res = [],dict(n=0, before=0, after=0)
     try:
         for src,(before,after,error) in zip(files, progress_bar(dl, leave=False) if progress else dl):

@@ -33,8 +33,6 @@ def save_figure(
     with atomic_path(file) as tmp: fig.savefig(tmp, format='png', dpi=110)
     plt.close(fig)
 
-def _method(learn): return first(learn.cbs, lambda c: hasattr(c, 'make_views'))
-
 def _has_attention(enc):
     "Whether `show_attention` can show the last block of `enc`"
     if not hasattr(enc, 'num_prefix_tokens'): return False
@@ -51,7 +49,7 @@ def run_pictures(
     batches = [image_batch(b) for b in batches]
     x = torch.cat([b[0].as_subclass(Tensor) for b in batches])
     if _has_attention(encoder_of(learn)):
-        size = nested_attr(first(getattr(_method(learn), 'aug_pipelines', [])), 'size', x.shape[-1])
+        size = nested_attr(first(getattr(method_of(learn), 'aug_pipelines', [])), 'size', x.shape[-1])
         x = F.interpolate(to_unit(x[:6]), (size,size), mode='bilinear', antialias=True)
         return save_figure(show_attention(learn, x), folder/'attention.png')
     if len(x)<2: return
@@ -86,7 +84,7 @@ _labels = dict(baseline='raw pixels', untrained='the same network, untrained')  
 
 def _table_models(learn, untrained):
     "Rows of the tables as (role, name, model, network of the model)"
-    name = type(_method(learn)).__name__ if _method(learn) else 'trained'
+    name = type(method_of(learn)).__name__ if method_of(learn) else 'trained'
     rows = []
     if untrained is not None:
         rows.append(('untrained', _labels['untrained'], untrained.to(device_of(encoder_of(learn))), 'teacher'))
@@ -670,6 +668,6 @@ def _write_files(learn, folder, labelled):
     if missing('history.csv') and hasattr(learn, 'recorder') and learn.recorder.values:
         with atomic_path(folder/'history.csv') as tmp: history_df(learn).to_csv(tmp, index=False)
     if missing('encoder.safetensors'): export_encoder(learn, folder/'encoder.safetensors', verbose=False)
-    if _method(learn) and missing('views.png'): save_figure(_method(learn).show(), folder/'views.png')
+    if method_of(learn) and missing('views.png'): save_figure(method_of(learn).show(), folder/'views.png')
     run_pictures(learn, folder, labelled)
     run_table(learn, folder, labelled)

@@ -208,8 +208,7 @@ def _view_settings(cfg, make, enc):
     d = view_defaults(cfg.size, make, patch_size(enc), (cfg.global_crops_size,cfg.local_crops_size))
     if cfg.resume:
         with warnings.catch_warnings(action='ignore'): state = RunCheckpoint(cfg.out).saved()       # training warns
-        # runs of version 0.1 had the areas and the blur for 224 pixels at all sizes
-        if state: d = state.get('view_settings') or view_defaults(224, make) | dict(crop_sizes=d['crop_sizes'])
+        if state: d = state.get('view_settings') or old_view_settings(make, d['crop_sizes'])
     ranges = [o or u for o,u in zip((cfg.global_crops_scale, cfg.local_crops_scale), zip(d['min_scales'], d['max_scales']))]
     return d | dict(zip(('min_scales','max_scales'), zip(*ranges)))
 
