@@ -93,19 +93,26 @@ def export_encoder(
     if verbose: print(timm_call(file) or f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
     return file
 
+def _stem_code(stem):
+    "Statements that replace the first layers of `encoder`, from the result of `replace_stem`"
+    def new(o): return f"torch.nn.Conv2d({o[0]}, {o[1]}, 3, padding=1, bias={o[2]})" if o else "torch.nn.Identity()"
+    return ''.join(f"encoder.set_submodule({k!r}, {new(o)}); " for k,o in stem.items())
+
 def timm_call(
     file:str|Path # File that `export_encoder` wrote
-)->str|None: # Line of Python; None if timm does not know the model
+)->str|None: # Line of Python; with a first layer for small images, statements that define `encoder`; None if timm does not know the model
     "Write the line of Python that loads an exported encoder with timm, and imports the module that registers it"
     with safe_open(file, 'pt') as f: meta = {k:json.loads(v) for k,v in (f.metadata() or {}).items() if k in ('args','mean','std')}
     args,mean,std = (meta.get(k) for k in ('args','mean','std'))
     if not args: return None
+    stem = args.pop('small_stem', None)
     call = ', '.join([repr(args['model_name'])] + [f'{k}={layer_code(v)}' for k,v in args.items() if k!='model_name'])
     norm = f", pretrained_cfg_overlay=dict(mean={tuple(mean)}, std={tuple(std)})" if mean else ''
     name = args['model_name']
     module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else 'timm'
     note   = f"   # after the code that registers {name} with timm" if module=='__main__' else ''
     need   = '' if module.split('.')[0] in ('timm','__main__') else f'import {module}; '
+    if stem: return f"{need}encoder = timm.create_model({call}{norm}); {_stem_code(stem)}timm.models.load_checkpoint(encoder, {str(file)!r})"
     return f"{need}timm.create_model({call}, checkpoint_path={str(file)!r}{norm}){note}"
 
 _foreign = 'load weights of other projects into an encoder with load_dino_weights(encoder, file)'

@@ -486,7 +486,8 @@ def _usage(run):
     args   = repr(str(f or run.folder/'checkpoint.pth')) + (', encoder' if custom else '')
     lines  = ["from self_supervised.all import *", f"encoder = load_encoder({args})"]
     if custom: lines[-1] += "      # pass the same module as in the run"
-    if call: lines += ['', '# or with timm', call.replace('timm.create_model(', 'encoder = timm.create_model(', 1)]
+    if call and 'encoder = ' not in call: call = call.replace('timm.create_model(', 'encoder = timm.create_model(', 1)
+    if call: lines += ['', '# or with timm', call]
     evaluate = f'# dino_eval linear --encoder {shlex.quote(str(run.folder))} --data LABELLED'
     return '\n'.join(lines + ['', '# in a shell: evaluate it', evaluate])
 

@@ -36,6 +36,7 @@ def dino_train(
     method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino or lejepa (ahead in short runs on small data)
     arch:str=None, # Backbone: timm name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small (default: vit_small; demo: convnet_mini)
     patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
+    small_images:bool_arg=None, # Adapt the first layer of ResNets, ConvNeXts and ViTs to small images, true or false (default: below 64 pixels)
     epochs:int=None, # Number of epochs (default: 100; 40 for convnet_mini in the demo)
     batch_size_per_gpu:int=64, # Batch size per rank
     size:int=256, # Image size in pixels, from which crops are taken; 16 for the demo
@@ -114,7 +115,7 @@ def dino_train(
 
 dino_train.groups = {
     'Data': 'path labels size n_in open_fn cache',
-    'Model': 'arch patch_size drop_path_rate out_dim use_bn_in_head norm_last_layer',
+    'Model': 'arch patch_size small_images drop_path_rate out_dim use_bn_in_head norm_last_layer',
     'Method': 'method momentum_teacher teacher_temp warmup_teacher_temp warmup_teacher_temp_epochs '
               'freeze_last_layer lam',
     'Crops': 'global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale rot90',
@@ -203,12 +204,14 @@ def _loaders(cfg):
 # %% ../../nbs/api/51_cli.train.ipynb #098f20a1
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
+def _saved(cfg):
+    "The checkpoint that the run continues from, or None"
+    with warnings.catch_warnings(action='ignore'): return RunCheckpoint(cfg.out).saved() if cfg.resume else None   # training warns
+
 def _view_settings(cfg, make, enc):
     "Sizes, areas and blur of the crops: of the options, else of the run that is resumed, else by the size of the images"
     d = view_defaults(cfg.size, make, patch_size(enc), (cfg.global_crops_size,cfg.local_crops_size))
-    if cfg.resume:
-        with warnings.catch_warnings(action='ignore'): state = RunCheckpoint(cfg.out).saved()       # training warns
-        if state: d = state.get('view_settings') or old_view_settings(make, d['crop_sizes'])
+    if state := _saved(cfg): d = state.get('view_settings') or old_view_settings(make, d['crop_sizes'])
     ranges = [o or u for o,u in zip((cfg.global_crops_scale, cfg.local_crops_scale), zip(d['min_scales'], d['max_scales']))]
     return d | dict(zip(('min_scales','max_scales'), zip(*ranges)))
 
@@ -250,12 +253,18 @@ def _monitors(cfg, kind, labelled):
     if cfg.grad_accumulation>1: cbs += GradientAccumulation(cfg.grad_accumulation*cfg.bs)
     return cbs
 
+def _size_options(cfg):
+    "Arguments of the encoder for the size of the images; those of the run that is resumed"
+    given,state = _given(patch_size=cfg.patch_size),_saved(cfg)
+    if state: return {k:v for k,v in (state['encoder'] or {}).items() if k in ('patch_size','img_size','small_stem')} | given
+    size = min(cfg.size, cfg.global_crops_size or cfg.size)
+    return given | small_image_options(_archs.get(cfg.arch, cfg.arch), size, cfg.small_images, **given)
+
 def _make_learner(cfg, dls, labelled):
     "Learner with backbone, augmentation, method and monitors"
     kind = methods[cfg.method]
     drop = ifnone(cfg.drop_path_rate, .1 if cfg.method in ('dino','simdino') else 0.)
-    enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop,
-                          **_given(patch_size=cfg.patch_size))
+    enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop, **_size_options(cfg))
     (pipes,settings),given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
     make = dino_learner if cfg.method=='dino' else partial(method_learner, kind)
     learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile, tf32=cfg.tf32,

@@ -625,6 +625,12 @@ class TorchOptim(OptimWrapper):
     def hypers(self):
         def is_number(v): return isinstance(v, (int,float)) and not isinstance(v, bool)
         return [{k:v for k,v in h.items() if is_number(v)} for h in super().hypers]
+    def load_state_dict(self, sd):
+        "Load a state, in the memory format of the parameters: the fused step reads values in the order of memory"
+        super().load_state_dict(sd)
+        for p,state in self.opt.state.items():
+            for k,v in state.items():
+                if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
 def dino_opt(params, lr, **kwargs)->OptimWrapper:
     "Create AdamW with the betas and eps of the original implementation; fastai's Adam has others"
@@ -655,7 +661,8 @@ def _create_model(method, arch, defaults, n_in, size, kwargs):
                         f"and which cannot apply to a {type(arch).__name__} that exists already")
     if built: return arch
     unit = math.lcm(*(patch_size(arch) or (1,))) if isinstance(arch, nn.Module) else 1
-    own  = dict(n_in=n_in) | (dict(size=size//unit*unit or size) if isinstance(arch, nn.Module) else {})
+    if isinstance(arch, nn.Module): own = dict(n_in=n_in, size=size//unit*unit or size)
+    else: own = dict(n_in=n_in) | small_image_options(arch, size, kwargs.pop('small_images', None), **kwargs)
     return method.create(arch, **merge({k:v for k,v in defaults.items() if k in names}, own, kwargs))
 
 def _default_crops(method, model, size, n_in, stats):
@@ -670,6 +677,10 @@ def _checkpoint_activations(encoder):
     except (AttributeError,AssertionError) as e:
         raise ValueError(f"{type(encoder).__name__} does not support gradient checkpointing: pass grad_checkpointing=False, "
                          "or a timm backbone that supports it, such as vit_*, convnext_* or resnet*") from e
+
+def _channels_last(model):
+    "Store the weights of convolutions in the order that is fastest for convolutions; the single one of a ViT gains nothing"
+    if sum(isinstance(m, nn.Conv2d) for m in encoder_of(model).modules())>1: model.to(memory_format=torch.channels_last)
 
 def _compile(model, mode):
     mode = 'default' if mode is True else mode
@@ -720,6 +731,7 @@ def method_learner(
     cb.view_settings,cb.auto_views = settings,auto_views
     cb.auto_settings = {k:getattr(cb,k) for k in inspect.signature(method.__init__).parameters if k in defaults and k not in method_kw}
     with random_kept(): check_sizes(encoder_of(model), [tuple(v.shape[-2:]) for v in cb.make_views(x)], n_in)
+    _channels_last(model)
     if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
     graphs = _compile(model, compile) if compile else None
 
