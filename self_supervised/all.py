@@ -33,6 +33,7 @@ from .vision.swav import *
 from .vision.contrast import *
 from .vision.lejepa import *
 from .vision.simdino import *
+from .vision.auto import *
 from .vision.parts import *
 from .vision.distill import *
 from .plots import *

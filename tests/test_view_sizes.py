@@ -5,7 +5,7 @@ from fastai.vision.all import *
 from self_supervised import augmentations
 from self_supervised.augmentations import describe_views, view_defaults
 from self_supervised.cli import dino_train, run_command, train as cli_train
-from self_supervised.lab import methods, _data
+from self_supervised.lab import methods, _data, _learner
 from self_supervised.runs import RunNotes, read_notes
 from self_supervised.vision.core import method_learner
 from self_supervised.vision.dino import *
@@ -84,7 +84,9 @@ def test_an_ablation_uses_the_rules(tmp_path):
         d = tmp_path/['train','test'][i//4]/str(i%2)
         d.mkdir(parents=True, exist_ok=True)
         PILImage.create(np.full((8,8,3), 30*i, dtype=np.uint8)).save(d/f'{i}.png')
-    same(_data(tmp_path, 4, 'convnet_mini', 'test')[1]((2,1)), get_dino_aug_pipelines, view_defaults(224), num_crops=(2,1))
+    dls,pipes,_ = _data(tmp_path, 4, 'test', 224)
+    learn,_ = _learner(DINO, dls, 'convnet_mini', pipes, dict(num_crops=(2,1), out_dim=16))
+    same(learn.dino.aug_pipelines, get_dino_aug_pipelines, view_defaults(224), num_crops=(2,1))
 
 # the command, and runs that are resumed
 

@@ -26,6 +26,7 @@ from ..memory import *
 from ..vision.core import *
 from ..vision.dino import *
 from ..plots import *
+from ..vision.auto import *
 from ..lab import *
 from ..report import *
 
@@ -33,7 +34,7 @@ from ..report import *
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
-    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino or lejepa (ahead in short runs on small data)
+    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, lejepa, or auto for the one that measured best for the number of images
     arch:str=None, # Backbone: timm name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small (default: vit_small; demo: convnet_mini)
     patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
     small_images:bool_arg=None, # Adapt the first layer of ResNets, ConvNeXts and ViTs to small images, true or false (default: below 64 pixels)
@@ -46,7 +47,7 @@ def dino_train(
     seed:int=0, # Random seed
     num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
     cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
-    precision:str=None, # Precision: fp32, bf16 or fp16 (default: bf16 on a GPU that supports it, else fp32)
+    precision:str=None, # Precision: fp32, bf16, fp16, or auto for bf16 where the GPU or CPU has it (default: as auto, with fp32 on a CPU unless --method auto)
     resume:bool=False, # Resume the run in --out
     more_epochs:str='replan', # Schedules when a run is resumed with more --epochs: replan them, or hold their final values
     overwrite:bool=False, # Overwrite an existing run in --out
@@ -144,7 +145,7 @@ def _sgd(params, lr, **kwargs): return TorchOptim(params, torch.optim.SGD, lr=lr
 def _lars(params, lr, **kwargs): return TorchOptim(params, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001)
 _opts = dict(adamw=dino_opt, sgd=_sgd, lars=_lars)
 
-_choices = dict(method=methods, optimizer=_opts, precision=(None,'fp32','bf16','fp16'), more_epochs=('replan','hold'))
+_choices = dict(method=('auto',*methods), optimizer=_opts, precision=(None,'fp32','bf16','fp16','auto'), more_epochs=('replan','hold'))
 _ranges  = dict(
     epochs=(1,None), batch_size_per_gpu=(1,None), grad_accumulation=(1,None), max_hours=(1e-6,None), saveckp_freq=(0,None),
     size=(1,None), n_in=(1,None), num_workers=(0,None), patch_size=(1,None), drop_path_rate=(0,.99), out_dim=(1,None),
@@ -262,6 +263,10 @@ def _size_options(cfg):
 
 def _make_learner(cfg, dls, labelled):
     "Learner with backbone, augmentation, method and monitors"
+    if cfg.method=='auto':
+        cfg.precision     = cfg.precision or 'auto'
+        cfg.method,reason = choose_method(len(dls.train_ds))
+        if not cfg.rank: print(f"{reason}; another method by name, such as --method dino")
     kind = methods[cfg.method]
     drop = ifnone(cfg.drop_path_rate, .1 if cfg.method in ('dino','simdino') else 0.)
     enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop, **_size_options(cfg))

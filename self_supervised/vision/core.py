@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['split_forward', 'no_last_layer_grads', 'compile_modes', 'forward_features', 'StudentModel', 'TeacherStudentModel',
            'Part', 'set_state', 'Queue', 'backbone_for', 'CropBatch', 'clip_per_param', 'sum_rows',
-           'cancel_last_layer_grads', 'MultiView', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'precision_cb',
-           'TF32', 'GraphMemory', 'TorchOptim', 'dino_opt', 'crop_sizes_for', 'method_learner', 'fit_settings']
+           'cancel_last_layer_grads', 'MultiView', 'ema_update', 'TeacherStudent', 'AnyMixedPrecision', 'cpu_has_bf16',
+           'precision_cb', 'TF32', 'GraphMemory', 'TorchOptim', 'dino_opt', 'crop_sizes_for', 'method_learner',
+           'fit_settings']
 
 # %% ../../nbs/api/30_vision.core.ipynb #4ed440d9
 from fastai.vision.all import *
@@ -579,15 +580,20 @@ class AnyMixedPrecision(MixedPrecision):
         self.leave()
         set_attention(self.model)
 
+def cpu_has_bf16()->bool:
+    "Whether the CPU multiplies in bfloat16, by AVX-512 BF16 or AMX"
+    return any(getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16','amx_tile'))
+
 def precision_cb(
-    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: bf16 on a GPU that has it, else fp32
+    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: bf16 on a GPU that has it, else fp32; 'auto': bf16 on such a CPU, too
     device:torch.device|None=None # Device of the training; default: fastai's
 )->Callback|None: # None for fp32
     "Return the callback for a precision"
-    on_gpu = torch.device(ifnone(device, default_device())).type=='cuda'
-    if precision is None: precision = 'bf16' if on_gpu and torch.cuda.is_bf16_supported() else 'fp32'
+    device = torch.device(ifnone(device, default_device())).type
+    native = device=='cuda' and torch.cuda.is_bf16_supported() or precision=='auto' and device=='cpu' and cpu_has_bf16()
+    if precision in (None,'auto'): precision = 'bf16' if native else 'fp32'
     if precision not in ('fp32','bf16','fp16'):
-        raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16' or None")
+        raise ValueError(f"precision={precision!r}: pass 'fp32', 'bf16', 'fp16', 'auto' or None")
     return None if precision=='fp32' else AnyMixedPrecision(precision)
 
 # %% ../../nbs/api/30_vision.core.ipynb #4a3a10a3
