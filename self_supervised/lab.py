@@ -186,7 +186,8 @@ def ablate(
     bs:int=64, # Batch size
     progress:bool=True, # Show a progress bar
     size:int=224, # Size of the images of a folder in pixels
-    minutes:float|None=None # CPU time per run instead of `epochs`, see `epochs_in`
+    minutes:float|None=None, # CPU time per run instead of `epochs`, see `epochs_in`
+    about:dict|None=None # Columns of each row that describe the data, such as the name instead of a folder
 )->pd.DataFrame: # `read_runs(out)`
     """Train and measure each variant with each seed; completed runs are skipped.
 
@@ -199,7 +200,8 @@ def ablate(
         raise ValueError(f"holdout={holdout!r} needs a built-in data set: to choose settings on {data}, "
                          "pass a folder with its own test images")
     loaders = functools.cache(partial(_data, data, holdout=holdout, size=size))
-    same = dict(data=str(data), holdout=holdout, arch=arch, epochs=epochs, bs=bs) | ({'minutes':minutes} if minutes else {})
+    same = dict(data=str(data), holdout=holdout, arch=arch, epochs=epochs, bs=bs) | (about or {})
+    if minutes: same['minutes'] = minutes
     todo = [(n,s) for s in seeds for n in chosen]
     for name,seed in progress_bar(todo) if progress else todo:
         own = {k:chosen[name][k] for k in ('arch','epochs','minutes','bs') if k in chosen[name]}

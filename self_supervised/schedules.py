@@ -72,11 +72,11 @@ def teacher_temp(
 _small = dict(use_bn=True,  tpt_end=.04, tpt_warmup_pct=0., lr=2e-3, lr_min=1e-5, wd=(.04,.04))
 _large = dict(use_bn=False, tpt_end=.07, tpt_warmup_pct=.1, lr=5e-4, lr_min=1e-6, wd=(.04,.4))
 
-# Settings for fewer images than the key
+# Settings for fewer images than the key; hidden_dim=None: by the number of features, see `head_width`
 defaults_by_size = {
     5_000:    dict(out_dim=256,   hidden_dim=256,  bottleneck_dim=64,  **_small),
-    20_000:   dict(out_dim=1024,  hidden_dim=2048, bottleneck_dim=256, **_small),
-    100_000:  dict(out_dim=4096,  hidden_dim=2048, bottleneck_dim=256, **_small),
+    20_000:   dict(out_dim=256,   hidden_dim=None, bottleneck_dim=256, **_small),
+    100_000:  dict(out_dim=4096,  hidden_dim=None, bottleneck_dim=256, **_small),
     500_000:  dict(out_dim=16384, hidden_dim=2048, bottleneck_dim=256, **_large),
     math.inf: dict(out_dim=65536, hidden_dim=2048, bottleneck_dim=256, **_large)}
 

@@ -228,6 +228,13 @@ def _views(cfg, kind, enc, dls):
 _option = dict(tmom_start='momentum-teacher', tpt_start='warmup-teacher-temp', tpt_end='teacher-temp',
                tpt_warmup_pct='warmup-teacher-temp-epochs', use_bn='use-bn-in-head', bs='auto-bs')
 
+def _saved_head(cfg):
+    "Sizes of DINO's head in the run that is resumed: defaults of another version may differ"
+    model  = (_saved(cfg) or {}).get('model', {})
+    hidden,last = (model.get(f'student.1.{o}') for o in ('mlp.0.weight','last_layer.weight_v'))
+    if hidden is None or last is None: return {}
+    return dict(out_dim=last.shape[0], hidden_dim=hidden.shape[0], bottleneck_dim=last.shape[1])
+
 def _method_options(cfg, kind):
     "Arguments of the method; raises an error that names options which the method does not have"
     warm  = cfg.warmup_teacher_temp_epochs
@@ -243,7 +250,7 @@ def _method_options(cfg, kind):
         raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; "
                          "leave it out, or choose a --method that has it")
     if cfg.clip_grad is not None: given['clip'] = cfg.clip_grad or None
-    return given
+    return (_saved_head(cfg) if cfg.method=='dino' else {}) | given
 
 def _monitors(cfg, kind, labelled):
     "Callbacks for k-NN accuracy, for teacher and student where there are two networks, and for gradient accumulation"
