@@ -299,7 +299,8 @@ def _facts(run):
 
 # condition, level, headline; the first condition that holds counts
 _rules = [
-    (lambda o: o.nan_epoch is not None,       'bad',     "Stopped: the loss became NaN or infinite in epoch {nan_epoch}"),
+    (lambda o: o.nan_epoch is not None,       'bad',
+     "Stopped: the loss became NaN or infinite in epoch {nan_epoch}"),
     (lambda o: o.sign in ('uniform','point'), 'bad',     "Collapsed: {diagnosis}"),
     (lambda o: o.sign=='stuck',               'warn',    "No progress: the loss is at or above ln K"),
     (lambda o: o.n_done==0,                   'unknown', "No epoch was completed"),

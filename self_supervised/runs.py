@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['run_ends', 'old_view_settings', 'RunCheckpoint', 'TimeLimit', 'sigterm_as_interrupt', 'History', 'describe_run',
-           'read_notes', 'note_run', 'read_messages', 'RunNotes']
+           'read_notes', 'run_size', 'note_run', 'read_messages', 'RunNotes']
 
 # %% ../nbs/api/21_runs.ipynb #346f56d4
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 import csv, importlib.metadata, inspect, json, platform, signal, threading
 from .plain import *
 from .augmentations import describe_views, view_defaults
@@ -172,13 +172,15 @@ class RunCheckpoint(_AtEpochEnd):
             old = state.get('view_settings', old_view_settings(method.views, new['crop_sizes']))
             if changed := [k for k in new if old and old[k]!=new[k]]:
                 given = ', '.join(f'{k}={v}' for k,v in old.items())
-                warnings.warn(f"{file} was saved with crops of other {', '.join(changed)} than this version chooses: to keep them, "
-                              f"pass aug_pipelines={method.views.__name__}({given}) to the learner")
+                warnings.warn(f"{file} was saved with crops of other {', '.join(changed)} than this version chooses: "
+                              f"to keep them, pass aug_pipelines={method.views.__name__}({given}) to the learner")
                 return
         old,new = state.get('augmentations'),_augmentations(method)
         if old is None or old==new: return
-        i = next(i for i,(a,b) in enumerate(itertools.zip_longest(old, new)) if a!=b)
-        what = f"{len(old)} views and not {len(new)}" if len(old)!=len(new) else f"other augmentations in view {i}: {', '.join(old[i])}"
+        what = f"{len(old)} views and not {len(new)}"
+        if len(old)==len(new):
+            i = next(i for i,(a,b) in enumerate(zip(old, new)) if a!=b)
+            what = f"other augmentations in view {i}: {', '.join(old[i])}"
         warnings.warn(f"{file} was saved with {what}: to keep them, pass the same aug_pipelines to the learner")
 
     def _load_state(self, state):
@@ -505,6 +507,20 @@ def read_notes(
     sessions = notes.get('sessions')
     if isinstance(sessions, list): notes['sessions'] = [_keyed_end(s) if isinstance(s, dict) else s for s in sessions]
     return notes
+
+def run_size(
+    src:str|Path # Run directory, or a file in it
+)->int|None: # Size of the global crops in pixels; None if `src` is not of a run, or its run did not record it
+    "Read the image size that the encoder of a run was trained for, from `run.json` or its newest checkpoint"
+    path = Path(src)
+    if not path.exists(): return None
+    folder = path if path.is_dir() else path.parent
+    notes,file = read_notes(folder),folder/'checkpoint.pth'
+    if not notes and file.is_file():
+        with suppress(Exception): notes = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+    crops = nested_idx(notes, 'view_settings', 'crop_sizes') or nested_idx(notes, 'views') or []
+    size  = first(crops) if is_listy(crops) else None
+    return size if isinstance(size, int) and size>0 else None
 
 def note_run(
     folder:str|Path, # Run directory
