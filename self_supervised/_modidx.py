@@ -1711,6 +1711,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'self_supervised/schedules.py'),
                                            'self_supervised.schedules.wd_sched': ( 'api/schedules.html#wd_sched',
                                                                                    'self_supervised/schedules.py')},
+            'self_supervised.style': { 'self_supervised.style.figure_style': ('api/style.html#figure_style', 'self_supervised/style.py'),
+                                       'self_supervised.style.render_page': ('api/style.html#render_page', 'self_supervised/style.py')},
             'self_supervised.vision.byol': { 'self_supervised.vision.byol.BYOL': ( 'api/vision.byol.html#byol',
                                                                                    'self_supervised/vision/byol.py'),
                                              'self_supervised.vision.byol.BYOL.defaults': ( 'api/vision.byol.html#byol.defaults',

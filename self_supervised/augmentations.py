@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from textwrap import fill, shorten
 import kornia, kornia.augmentation as K
 from kornia.geometry.transform import affine
+from .style import *
 from .data import *
 
 # %% ../nbs/api/01_augmentations.ipynb #5c0e4827
@@ -852,6 +853,7 @@ def get_digits_aug_pipelines(
     return get_dino_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, **opts)
 
 # %% ../nbs/api/01_augmentations.ipynb #1ff93a6c
+@figure_style()
 def show_views(
     x:Tensor, # Images (bs,C,H,W), uint8 or floats in [0,1]
     pipelines:list, # `View`s or other callables that create the views

@@ -520,7 +520,7 @@ def to_onnx(
         stats = norm_stats(learn_or_model)
         if not stats:
             raise ValueError("the model has no normalisation statistics: "
-                             "set encoder.mean and encoder.std, or pass normalize=False")
+                             "set encoder.mean and encoder.std, or pass `normalize=False`")
         enc = _Normalized(enc, [o.cpu() for o in stats])
     h,w = size if isinstance(size, (tuple,list)) else (size,size)
     x   = torch.zeros(2 if dynamic else 1, channels_of(enc), h, w)

@@ -9,6 +9,7 @@ __all__ = ['patch_similarity', 'similar_patches', 'show_patch', 'patch_tokens', 
 from fastai.vision.all import *
 from importlib.util import find_spec
 import base64, io
+from .style import *
 from .data import *
 from .encoders import *
 from .features import *
@@ -42,6 +43,7 @@ def similar_patches(
     order = [j for j in best.values.sort(descending=True, stable=True).indices.tolist() if j!=image]
     return here, [at(j, best.indices[j].item()) for j in order[:k]]
 
+@figure_style()
 def show_patch(
     encoder:nn.Module, # Vision transformer of timm, or a learner or model that contains one
     images:Tensor|list, # Images of one size: see `show_attention`

@@ -11,6 +11,7 @@ from fastai.vision.all import *
 from typing import Annotated
 import contextlib, inspect, json, platform
 import timm
+from ..style import *
 from ..plain import *
 from ..data import *
 from ..encoders import *
@@ -267,6 +268,7 @@ def _check(a, given):
     for o,low in _minimum.items(): check_range(o, a[o], low)
 
 # %% ../../nbs/api/52_cli.evaluate.ipynb #2439eaa0
+@figure_style()
 def _figure(enc, im, keep, query):
     "Figure with attention maps, masks, and patch features of one image"
     n   = max(2, nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.num_heads', 2))
