@@ -9,6 +9,7 @@ __all__ = ['ViewRecorder', 'adapt_callbacks', 'FeatureLoss']
 from fastai.vision.all import *
 from .schedules import *
 from .checkpoints import *
+from .runs import table_columns
 
 # %% ../nbs/api/29_callbacks.ipynb #61c784be
 class _Table(ProgressCallback):
@@ -55,7 +56,7 @@ class ViewRecorder(Recorder):
         self.paused = []
         if type(self.smooth_loss) is AvgSmoothLoss: self.smooth_loss.__class__ = _SmoothLoss
         if no_fit(self.learn): return
-        columns = list(self.metric_names[1:-1] if self.add_time else self.metric_names[1:])
+        columns = table_columns(self)
         for cb in self.learn._grab_cbs(TrackerCallback):
             if cb.monitor not in columns:
                 raise ValueError(f"{type(cb).__name__} monitors {cb.monitor!r}, and the table has no such column: "
@@ -79,7 +80,7 @@ class ViewRecorder(Recorder):
         super().after_epoch()
         if no_fit(self.learn): return
         # not in `validate`, nor in an epoch before `start_epoch`
-        complete = len(self.values[-1])==len(self.metric_names)-1-self.add_time
+        complete = len(self.values[-1])==len(table_columns(self))
         for cb in self.paused: cb.run = True
         self.paused = [] if complete else [cb for cb in self.learn._grab_cbs(TrackerCallback) if cb.run]
         for cb in self.paused: cb.run = False

@@ -17,6 +17,7 @@ from ..data import *
 from ..encoders import *
 from ..features import *
 from ..checkpoints import *
+from ..runs import table_columns
 from ..evaluation.knn import *
 from ..evaluation.linear import *
 from ..evaluation.lowshot import *
@@ -199,7 +200,7 @@ def _finetune(enc, a):
     with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging():
         learn.fine_tune(ifnone(a.epochs, 5), a.lr)
     columns = dict(accuracy='top-1', balanced_accuracy_score='balanced')
-    shown = {i: columns.get(n) for i,n in enumerate(learn.recorder.metric_names[1:-1])}
+    shown = {i: columns.get(n) for i,n in enumerate(table_columns(learn.recorder))}
     rows  = [{n: _pct(v[i]) for i,n in shown.items() if n} for v in learn.recorder.values]
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='epoch'))
 
