@@ -49,7 +49,7 @@ def plot_history(
         title = 'loss = teacher entropy + KL' if 'kl' in parts else 'loss'
         low,high = axs[0].get_ylim()
         axs[0].set(title=title, xlabel='epoch', ylabel='nats' if 'kl' in parts else None)
-        axs[0].set_ylim(low, high+.35*(high-low))                # room for the legend
+        axs[0].set_ylim(low, high+.35*(high-low))                # space for the legend
         axs[0].legend(loc='upper center', ncols=2)
     for ax,(name,cols) in zip(axs[bool(parts):], others.items()):
         for c in cols:                                           # k-NN may be measured every few epochs

@@ -296,7 +296,7 @@ def dino_attention(
     out:str=None, # File to write (default: NAME_attention.png; NAME_attention.gif for a folder)
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=None, # Shortest side of the image in pixels; 0: unchanged (default: 480, less for a run on small crops)
+    size:int=None, # Length of the short side in pixels; 0: unchanged (default: 480, less for a run on small crops)
     keep:float=None, # Fraction of the attention that the masks keep (default: 0.6; videos show the attention itself)
     query:Annotated[int, {'nargs':2}]=None, # Row and column of the patch to plot attention of (default: class token)
     fps:int=10, # Frames per second of a video
