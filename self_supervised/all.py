@@ -1,4 +1,5 @@
 "All public names at once: `from self_supervised.all import *`"
+from .style import *
 from .plain import *
 from .data import *
 from .augmentations import *

@@ -90,7 +90,8 @@ def export_encoder(
     meta |= {k:json.dumps(to_plain(v)) for k,v in plain.items() if v is not None}
     state = {k:v.detach().cpu().contiguous().clone() for k,v in enc.state_dict().items()}
     with atomic_path(file) as tmp: save_file(state, tmp, meta)
-    if verbose: print(timm_call(file) or f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}")
+    own_call = f"load_encoder('{file}', encoder)   # the weights of your {type(enc).__name__}"
+    if verbose: print(timm_call(file) or own_call)
     return file
 
 def _stem_code(stem):
@@ -102,8 +103,8 @@ def timm_call(
     file:str|Path # File that `export_encoder` wrote
 )->str|None: # Line of Python; with a first layer for small images, statements that define `encoder`; None if timm does not know the model
     "Write the line of Python that loads an exported encoder with timm, and imports the module that registers it"
-    with safe_open(file, 'pt') as f: meta = {k:json.loads(v) for k,v in (f.metadata() or {}).items() if k in ('args','mean','std')}
-    args,mean,std = (meta.get(k) for k in ('args','mean','std'))
+    with safe_open(file, 'pt') as f: meta = f.metadata() or {}
+    args,mean,std = (json.loads(meta.get(k, 'null')) for k in ('args','mean','std'))
     if not args: return None
     stem = args.pop('small_stem', None)
     call = ', '.join([repr(args['model_name'])] + [f'{k}={layer_code(v)}' for k,v in args.items() if k!='model_name'])
@@ -144,7 +145,8 @@ def _from_run(file, who):
     except Exception as e:
         raise ValueError(f"{file} is not a checkpoint that can be read safely ({first_line(e)}); {_foreign}") from e
     if not _is_run(run):
-        raise ValueError(f"{file} is not a checkpoint of a run: pass a file that export_encoder or RunCheckpoint wrote; {_foreign}")
+        raise ValueError(f"{file} is not a checkpoint of a run: "
+                         f"pass a file that export_encoder or RunCheckpoint wrote; {_foreign}")
     model = run['model']
     if not any(k.startswith('teacher.') for k in model): who = 'student'              # a method without a teacher
     prefix = f'{who}.0.encoder.'
@@ -174,8 +176,8 @@ def _fill(encoder, state, meta, file):
     except Exception as e:
         encoder.load_state_dict(before)
         reason, = str(e).splitlines()[1:2] or [first_line(e)]    # PyTorch's first line has only the name of the class
-        raise ValueError(f"{file} does not fit the {type(encoder).__name__}, and nothing was loaded ({reason.strip()}): "
-                         "create the encoder with the arguments of the exported one") from e
+        raise ValueError(f"{file} does not fit the {type(encoder).__name__}, and nothing was loaded "
+                         f"({reason.strip()}): create the encoder with the arguments of the exported one") from e
     if len(stats)==2: set_encoder_stats(encoder, **stats)
     return encoder.eval()
 
@@ -205,13 +207,15 @@ def open_encoder(
     if str(src)=='pixels': return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     if path.is_dir():
         found,ckpt = path/'encoder.safetensors',path/'checkpoint.pth'
-        outdated = ckpt.is_file() and found.is_file() and ckpt.stat().st_mtime>found.stat().st_mtime      # the run was resumed
-        return load_encoder(found if found.is_file() and not outdated and who=='teacher' else ckpt, who=who)
+        def time_of(f): return f.stat().st_mtime if f.is_file() else -math.inf
+        if who=='teacher' and found.is_file() and time_of(found)>=time_of(ckpt): return load_encoder(found)
+        return load_encoder(ckpt, who=who)                       # newer if the run was resumed
     if path.suffix in ('.safetensors','.pth') or path.is_file(): return load_encoder(path, who=who)
     if not timm.is_model(str(src)):
         raise ValueError(f"encoder {str(src)!r}: there is no such file or folder, and timm has no model of that name")
     if pretrained and not timm.is_model_pretrained(str(src)):
-        raise ValueError(f"timm has no pretrained weights of {src}: leave pretrained out for randomly initialised weights")
+        raise ValueError(f"timm has no pretrained weights of {src}: "
+                         "leave pretrained out for randomly initialised weights")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
 # %% ../nbs/api/07_checkpoints.ipynb #a6988267
@@ -235,7 +239,8 @@ def set_random_state(
     name,keys,*rest = state['numpy']
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'])
-    if torch.cuda.is_available() and len(state['cuda'])==torch.cuda.device_count(): torch.cuda.set_rng_state_all(state['cuda'])
+    if torch.cuda.is_available() and len(state['cuda'])==torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state['cuda'])
     for dl,s in zip([dl for dl in dls or [] if hasattr(dl, 'rng')], state['dls']): dl.rng.setstate(s)
 
 @contextmanager

@@ -51,8 +51,8 @@ def open_rgb(
     with Image.open(fn, formats=_formats()) as im:
         if size: im.draft('RGB', (size,size))
         if im.width*im.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{_shown(fn)} has {im.width}x{im.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} of "
-                             "Image.MAX_IMAGE_PIXELS: resize the file, or raise that number")
+            raise ValueError(f"{_shown(fn)} has {im.width}x{im.height} pixels, more than the {Image.MAX_IMAGE_PIXELS} "
+                             "of Image.MAX_IMAGE_PIXELS: resize the file, or raise that number")
         top = _top(im)
         ImageOps.exif_transpose(im, in_place=True)
         return PILImage(_as_pillow(_unpacked(im, top, fn)).convert('RGB'))
@@ -131,12 +131,13 @@ def read_jpeg(
     fn:str|Path, # An image file that Pillow can read
     size:int|None=None # Required short side in pixels, of files that are not JPEG
 )->JpegFile|PILImage:
-    "Read a JPEG file in colour or grey without decoding it; open any other file, and one without an end, with `open_rgb`"
+    "Read a JPEG file in colour or grey without decoding it; open other or truncated files with `open_rgb`"
     if not _is_regular(fn): return open_rgb(fn, size)
     data = np.fromfile(fn, np.uint8)
     if data[:2].tobytes()!=b'\xff\xd8' or data[-2:].tobytes()!=b'\xff\xd9': return open_rgb(fn, size)
     with Image.open(io.BytesIO(data), formats=['JPEG']) as im:
-        if im.mode not in ('L','RGB') or im.width*im.height>(Image.MAX_IMAGE_PIXELS or math.inf): return open_rgb(fn, size)
+        too_large = im.width*im.height>(Image.MAX_IMAGE_PIXELS or math.inf)
+        if too_large or im.mode not in ('L','RGB'): return open_rgb(fn, size)
         return JpegFile(torch.from_numpy(data), str(fn), im.getexif().get(0x0112, 1))
 
 # %% ../nbs/api/00_data.ipynb #6cc93132
@@ -168,9 +169,9 @@ def _to_image(
     return TensorImage(t.float())
 
 def read_image(
-    o:str|Path|bytes|np.ndarray|Tensor|Image.Image, # A file or its bytes, an array (H,W[,C]), a tensor (C,H,W), or a Pillow image
+    o:str|Path|bytes|np.ndarray|Tensor|Image.Image, # File, bytes, array (H,W[,C]), tensor (C,H,W) or Pillow image
     open_fn:Callable=open_rgb # File to Pillow image, array or tensor
-)->PILImage|TensorImage: # Pillow image of 8 bits; with a custom `open_fn` its result, as such an image or as floats in [0,1]
+)->PILImage|TensorImage: # Pillow image of 8 bits; with a custom `open_fn` also a tensor of floats in [0,1]
     "Read an image of any kind"
     mode = {open_rgb:'RGB', open_gray:'L'}.get(getattr(open_fn, 'func', open_fn))
     if isinstance(o, (str,Path,bytes)):
@@ -297,8 +298,9 @@ def image_batch(
         i = next((i for i,o in enumerate(b) if _is_images(o)), 0)
         if isinstance(b[i], Tensor):  return tuple(b[i:])
         if isinstance(b[0], Mapping): return image_batch(b[0])+tuple(b[1:])
-    raise ValueError(f"a batch is {_kind(b)}: the loader must give a tensor of images (bs,C,H,W), a tuple or list with one, "
-                     f"or a dict with one of the keys {', '.join(_image_keys)} (and one of {', '.join(_label_keys)} for labels)")
+    raise ValueError(f"a batch is {_kind(b)}: the loader must give a tensor of images (bs,C,H,W), a tuple or list "
+                     f"with one, or a dict with one of the keys {', '.join(_image_keys)} "
+                     f"(and one of {', '.join(_label_keys)} for labels)")
 
 # %% ../nbs/api/00_data.ipynb #e3a3e2ba
 class NoImages(list):
@@ -320,7 +322,9 @@ class _Batches:
         if k=='dl' or k.startswith('__'): raise AttributeError(k)
         return getattr(self.dl, k)
 
-def _retain(res, b): return image_batch(res if isinstance(res, Mapping) else retain_types(res, b[0] if is_listy(b) else b))
+def _retain(res, b):
+    if not isinstance(res, Mapping): res = retain_types(res, b[0] if is_listy(b) else b)
+    return image_batch(res)
 
 def _tuple_dl(dl):
     if 'world_size' in getattr(dl, '__dict__', {}): _tuple_dl(dl.dl)    # fastai's wrapper for distributed training
@@ -328,7 +332,8 @@ def _tuple_dl(dl):
         if not isinstance(dl.retain, MethodType) or isinstance(dl.dataset, (Datasets,ImageFiles,CachedImages,NoImages)):
             return dl
         dl.retain = _retain
-        if not isinstance(vars(dl).get('_types', {}), dict): del dl._types,dl._n_inp    # found before, for batches without a tuple
+        known = vars(dl).get('_types', {})
+        if not isinstance(known, dict): del dl._types,dl._n_inp      # found before, for batches without a tuple
     elif isinstance(dl, torch.utils.data.DataLoader):
         if not isinstance(dl.collate_fn, _Collated):
             dl = copy(dl)
@@ -343,7 +348,8 @@ def image_dls(
     if not hasattr(dls, 'loaders'):
         dls = DataLoaders(*(dls if isinstance(dls, (tuple,list)) else [dls]), device=getattr(dls, 'device', None))
     dls.loaders = [_tuple_dl(dl) for dl in dls.loaders]
-    if len(dls.loaders)==1: dls.loaders.append(DataLoader(NoImages(), bs=1, device=getattr(dls.loaders[0], 'device', None)))
+    if len(dls.loaders)==1:
+        dls.loaders.append(DataLoader(NoImages(), bs=1, device=getattr(dls.loaders[0], 'device', None)))
     return dls
 
 def n_images(
@@ -372,7 +378,8 @@ class Paths(Sequence):
             lens.append(len(o))
             at.append(folders.setdefault(d, len(folders)))
         self.folders,self.idxs = list(folders),None
-        arrays = (np.frombuffer(names, np.uint8),np.frombuffer(lens, np.int32).cumsum(dtype=np.int64),np.frombuffer(at, np.int32))
+        ends   = np.frombuffer(lens, np.int32).cumsum(dtype=np.int64)
+        arrays = np.frombuffer(names, np.uint8),ends,np.frombuffer(at, np.int32)
         self.names,self.ends,self.at = map(torch.from_numpy, arrays)    # tensors: workers that are spawned share them
 
     def __len__(self): return len(self.at if self.idxs is None else self.idxs)
@@ -405,7 +412,7 @@ class Paths(Sequence):
 
 # %% ../nbs/api/00_data.ipynb #5bf6a60e
 @functools.cache
-def _side_stream(device): return torch.cuda.Stream(device)       # one, because the allocator keeps memory for each stream
+def _side_stream(device): return torch.cuda.Stream(device)   # one, because the allocator keeps memory for each stream
 
 def copied_ahead(
     batches, # Batches on the CPU, in pinned memory, so that the GPU copies and computes at the same time
@@ -420,7 +427,7 @@ def copied_ahead(
     def finish(b, copied):
         now = torch.cuda.current_stream(device)
         now.wait_event(copied)
-        # otherwise the allocator reuses the memory for the next copy once Python drops the batch, while kernels still read it
+        # otherwise the allocator reuses the memory of a dropped batch while kernels still read it
         apply(lambda o: o.record_stream(now) if isinstance(o, Tensor) else None, b)
         return b
     for b in batches:
@@ -429,12 +436,14 @@ def copied_ahead(
     while copies: yield finish(*copies.popleft())
 
 def _what_workers_use(dl):
-    "What a worker received when it started, as far as assignments can change it: attributes of loader, data set and transforms"
+    "What a worker received when it started and assignments can change: attributes of loader, data set and transforms"
     dls   = [o for o in (dl, vars(dl).get('dl')) if o is not None]           # that of a rank wraps another one
     pipes = [vars(o).get(k) for o in dls for k in ('after_item','before_batch')]
-    parts = [*dls, dl.dataset, getattr(dl.dataset, 'open_fn', None), *pipes, *concat(*(getattr(p, 'fs', ()) for p in pipes))]
+    tfms  = concat(*(getattr(p, 'fs', ()) for p in pipes))
+    parts = [*dls, dl.dataset, getattr(dl.dataset, 'open_fn', None), *pipes, *tfms]
     other = 'rng','it','i','n','n_padded','_DataLoader__idxs','shared','workers'
-    return {(i,k):v for i,o in enumerate(parts) for k,v in ((None,o), *getattr(o, '__dict__', {}).items()) if k not in other}
+    def attrs(o): return (None,o),*getattr(o, '__dict__', {}).items()
+    return {(i,k):v for i,o in enumerate(parts) for k,v in attrs(o) if k not in other}
 
 def _equal(a, b): return a is b or isinstance(a, (int,float,str,Path,torch.device)) and type(a) is type(b) and a==b
 
@@ -477,13 +486,14 @@ class InputDL(TfmdDL):
         "Start the loading of an epoch"
         if not self.fake_l.num_workers: return _SingleProcessDataLoaderIter(self.fake_l)
         it,used,busy = self.workers or (None,None,False)
-        if not self.keep_workers or busy:                        # busy: this epoch is inside another one of the same loader
+        if not self.keep_workers or busy:                # busy: this epoch is inside another one of the same loader
             shared,self.shared = self.shared,None
             try: return self._new_workers(False)
             finally: self.shared = shared
         idxs = torch.as_tensor(np.asarray(self._DataLoader__idxs, dtype=np.int32))
         now  = _what_workers_use(self)
-        if it is not None and len(idxs)==len(self.shared[0]) and now.keys()==used.keys() and all(_equal(v, used[k]) for k,v in now.items()):
+        def unchanged(): return now.keys()==used.keys() and all(_equal(v, used[k]) for k,v in now.items())
+        if it is not None and len(idxs)==len(self.shared[0]) and unchanged():
             self.shared[0].copy_(idxs)
             self.shared[1].random_()                             # the number that new workers would draw
             it._reset(self.fake_l)
@@ -496,7 +506,7 @@ class InputDL(TfmdDL):
 
     def _new_workers(self, stay=True):
         self.fake_l.persistent_workers,on = stay,gc.isenabled()
-        gc.disable()                # a forked worker must not collect another loader of this process: it cannot end its workers
+        gc.disable()             # a forked worker must not collect another loader: it cannot end that loader's workers
         try: return _MultiProcessingDataLoaderIter(self.fake_l)
         finally:
             self.fake_l.persistent_workers = False
@@ -690,7 +700,8 @@ class CachedImages:
     ): store_attr()
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return (TensorImage(self.x[i]),)
-    def new_empty(self): return CachedImages(self.x[:0].clone(), self.items[:0], self.split_idx, self.bad_files, self.new)
+    def new_empty(self):
+        return CachedImages(self.x[:0].clone(), self.items[:0], self.split_idx, self.bad_files, self.new)
 
 class CachedDL(FilesDL):
     "A loader that selects batches from images on the device; other files are read on access"
@@ -728,8 +739,9 @@ def cached_dls(
             if x is None:
                 need,free = sum(ns)*b[0].numel()*b.element_size(),_free_bytes(device)
                 if need>free:
-                    raise ValueError(f"{sum(ns)} images of {'x'.join(map(str, b.shape[1:]))} take {need/1e9:.2f} GB, but only "
-                                     f"{free/1e9:.2f} GB are free on {device}: pass a smaller size, or cache=False")
+                    raise ValueError(f"{sum(ns)} images of {'x'.join(map(str, b.shape[1:]))} take {need/1e9:.2f} GB, "
+                                     f"but only {free/1e9:.2f} GB are free on {device}: "
+                                     "pass a smaller size, or cache=False")
                 x = torch.empty(sum(ns), *b.shape[1:], dtype=b.dtype, device=device)
             x[done:done+len(b)] = b.as_subclass(Tensor)
             done += len(b)
@@ -756,8 +768,9 @@ class JpegBatch:
     ):
         files = [o for o in items if isinstance(o, JpegFile)]
         self.of_file = [isinstance(o, JpegFile) for o in items]
+        ready = [o.as_subclass(Tensor) for o in items if not isinstance(o, JpegFile)]
         # one tensor each: a worker sends a file descriptor per tensor
-        self.ready = torch.stack([o.as_subclass(Tensor) for o in items if not isinstance(o, JpegFile)]) if len(files)<len(items) else None
+        self.ready = torch.stack(ready) if ready else None
         self.data  = torch.cat([o.data for o in files]) if files else None
         self.lens,self.names,self.turned,self.pcts = ([f(o) for o in files] for f in
             (lambda o: len(o.data), lambda o: o.name, lambda o: o.turned, lambda o: o.pcts))
@@ -765,7 +778,7 @@ class JpegBatch:
     def __len__(self): return len(self.of_file)
 
 _turns = {2: lambda x: x.flip(-1), 3: lambda x: x.flip(-1,-2), 4: lambda x: x.flip(-2), 5: lambda x: x.mT,
-          6: lambda x: x.mT.flip(-1), 7: lambda x: x.mT.flip(-1,-2), 8: lambda x: x.mT.flip(-2)}     # by EXIF orientation
+          6: lambda x: x.mT.flip(-1), 7: lambda x: x.mT.flip(-1,-2), 8: lambda x: x.mT.flip(-2)} # by EXIF orientation
 
 def decode_jpegs(
     files:list, # Bytes of JPEG files, uint8 (n,) each, on the CPU
@@ -799,7 +812,9 @@ class DecodeJpegs(Transform):
         ready = iter(() if b.ready is None else b.ready.to(self.device, non_blocking=True))
         res  = [next(cut if o else ready) for o in b.of_file]
         good = [o for o in res if o is not None]
-        if not good: raise ValueError(f"none of the {len(res)} JPEG files of a batch can be decoded, such as {_shown(b.names[0])}")
+        if not good:
+            raise ValueError(f"none of the {len(res)} JPEG files of a batch can be decoded, "
+                             f"such as {_shown(b.names[0])}")
         return TensorImage(torch.stack([good[i%len(good)] if o is None else o for i,o in enumerate(res)]))
 
     def _decoded(self, files, names):
@@ -846,7 +861,7 @@ def unlabelled_dls(
     valid_pct:float=0., # Fraction of the images held out for validation
     seed:int|None=None, # Random seed of the split and of the order of the images
     num_workers:int|None=None, # Data-loading worker processes; default: one per core and rank, at most 16
-    open_fn:Callable|None=None, # `open_gray`, or a custom function from a path to an image, array (H,W[,C]) or tensor (C,H,W)
+    open_fn:Callable|None=None, # `open_gray`, or a function from a path to an image, array (H,W[,C]) or tensor (C,H,W)
     path:str|Path|None=None, # Folder of the `Learner` and of bad_files.jsonl; default: the current folder
     device:str|torch.device|None=None, # Device of the batches; default: fastai's
     prefetch:int=2, # Number of batches that each worker keeps ready
@@ -872,7 +887,8 @@ def unlabelled_dls(
                _read_dl(ImageFiles(valid, open_fn, 1), size, bs, **kw)]
     dls = DataLoaders(*loaders, path=ifnone(path, Path('.')), device=device)
     for i,dl in enumerate(dls):
-        dl.dataset.bad_files,dl.fake_l.prefetch_factor,dl.copy_ahead = Path(dls.path)/'bad_files.jsonl',prefetch,copy_ahead
+        dl.dataset.bad_files = Path(dls.path)/'bad_files.jsonl'
+        dl.fake_l.prefetch_factor,dl.copy_ahead = prefetch,copy_ahead
     dls.train.keep_workers = keep_workers
     if cache: dls.loaders = cached_dls(dls, size)
     for i,dl in enumerate(dls):
@@ -887,16 +903,18 @@ def _read_dl(ds, size, bs, device=None, **kwargs):
 def _can_decode(device, open_fn, cache):
     "Whether JPEG files are decoded on the device, with a warning if that was asked for and cannot be"
     if open_fn not in (None,open_rgb):
-        raise ValueError("decode_on_device=True opens files in colour: leave it out for grey images, and with an open_fn")
+        raise ValueError("decode_on_device=True opens files in colour: "
+                         "leave it out for grey images, and with an open_fn")
     why = "cache=True opens each image once, in the workers" if cache else why_not_decoded(device)
     if why: warnings.warn(f"JPEG files are decoded in the workers instead of on the device: {why}")
     return not why
 
 def _n_workers(): return min(16, max(1, defaults.cpus//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
 
-_skipped = {'__MACOSX','@eaDir','$RECYCLE.BIN','System Volume Information','lost+found','__pycache__'}    # written by other programs
-_not_read = {'.svg','.svgz','.heic','.heif','.hif','.avif','.jxl','.jp2','.webp','.eps','.ps','.ai','.wmf','.emf','.exr',
-             '.hdr','.dcm','.dng','.cr2','.cr3','.nef','.arw','.orf','.rw2','.raf'}    # images that Pillow may not read
+# folders that other programs write, and images that Pillow may not read
+_skipped = {'__MACOSX','@eaDir','$RECYCLE.BIN','System Volume Information','lost+found','__pycache__'}
+_not_read = {'.svg','.svgz','.heic','.heif','.hif','.avif','.jxl','.jp2','.webp','.eps','.ps','.ai','.wmf','.emf',
+             '.exr','.hdr','.dcm','.dng','.cr2','.cr3','.nef','.arw','.orf','.rw2','.raf'}
 _or_open_fn = ", or an open_fn for files of another kind"
 
 def _walk(path, wanted, seen, recurse=True):
@@ -925,9 +943,9 @@ def _warn_few_levels(files):
         except Exception: pass                                   # the loader names unreadable files
     top = max(tops.values(), default=0)
     if 0<top<.25:
-        warnings.warn(f"the first {len(tops)} 16-bit images, such as {_shown(first(tops))}, have no value above {top*65535:.0f} of 65535: "
-                      f"as 8 bits they keep {int(top*255)+1} of 256 levels. Scale them by their own range, "
-                      "in an open_fn that returns floats in [0,1]")
+        warnings.warn(f"the first {len(tops)} 16-bit images, such as {_shown(first(tops))}, have no value above "
+                      f"{top*65535:.0f} of 65535: as 8 bits they keep {int(top*255)+1} of 256 levels. "
+                      "Scale them by their own range, in an open_fn that returns floats in [0,1]")
 
 def list_images(
     path:str|Path, # Folder
@@ -943,9 +961,10 @@ def list_images(
         return False
     files = Paths(_walk(str(path), wanted, set(), recurse))
     if other:
-        named = ', '.join(f"{k} ({len(v)}, such as {_shown(os.path.relpath(v[0], path))})" for k,v in sorted(other.items()))
-        warnings.warn(f"{sum(map(len, other.values()))} images of {_shown(path)} are of formats that Pillow does not read here, "
-                      f"and are left out: {named}. Convert them, or install and register a Pillow plugin")
+        def named(k, v): return f"{k} ({len(v)}, such as {_shown(os.path.relpath(v[0], path))})"
+        kinds = ', '.join(named(k, v) for k,v in sorted(other.items()))
+        warnings.warn(f"{sum(map(len, other.values()))} images of {_shown(path)} are of formats that Pillow does not "
+                      f"read here, and are left out: {kinds}. Convert them, or install and register a Pillow plugin")
     return files
 
 def find_images(
@@ -1070,7 +1089,7 @@ class ShapesDataset(DigitsDataset):
 def shapes_dls(
     size:int=16, # Image size in pixels
     bs:int=64, # Batch size
-    holdout:str|None='test', # Second loader: 'test', 1,200 of 4,000 images; 'valid', a fifth of the training images; None
+    holdout:str|None='test', # Second loader: 'test', 1,200 of 4,000 images; 'valid', 20% of the training images; None
     device:str|torch.device|None=None # Device of the batches; default: fastai's
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,3,size,size) in [0,1]
     "Generate ten kinds of synthetic shapes with labels; choose settings with `holdout='valid'`, report with 'test'"
@@ -1102,12 +1121,13 @@ class _ByClass:
         return tuple(L(o.tolist()) for o in stratified_split(classes, self.valid_pct, self.seed))
 
 # %% ../nbs/api/00_data.ipynb #6c0460fa
-_parts = dict(train=('train','training'), test=('test','testing'), valid=('val','valid','validation','dev','eval','evaluation'))
+_parts = dict(train=('train','training'), test=('test','testing'),
+              valid=('val','valid','validation','dev','eval','evaluation'))
 
 def _part(name): return first(k for k,names in _parts.items() if name.lower() in names)
 
 class _ClassOf(Transform):
-    "Return the folder of a file below one of `roots`; a class, because fastai's wrapper of a function cannot be pickled"
+    "Return the folder of a file below one of `roots`; a class, because fastai's wrapper of functions does not pickle"
     input_types = (str,Path)
     def __init__(self, roots): self.roots = roots
     def encodes(self, f:str|Path):
@@ -1153,20 +1173,20 @@ def class_files(
         if len(ds)>1: raise ValueError(f"{path} has both {ds[0]} and {ds[1]}: move their images into one of them")
     train,test,others = parts['train'],parts['test'] or parts['valid'],[d for d in tree if not _part(d)]
     if train and not test and others and len(inner[train[0]])>1:
-        raise ValueError(f"{path} has class folders in {train[0]}, and also the folder {others[0]}: pass {path/train[0]}, "
-                         "or rename the folder of test images to test")
+        raise ValueError(f"{path} has class folders in {train[0]}, and also the folder {others[0]}: "
+                         f"pass {path/train[0]}, or rename the folder of test images to test")
     if train and (test or not others): classes = {d: inner[d] for d in train+test}         # split -> class -> files
     elif tree and not others:
-        raise ValueError(f"{path} has {' and '.join(tree)}, but no class folders in a folder train: move the images of each class "
-                         f"into its own folder, in {path/'train'} and {path/'test'}")
+        raise ValueError(f"{path} has {' and '.join(tree)}, but no class folders in a folder train: "
+                         f"move the images of each class into its own folder, in {path/'train'} and {path/'test'}")
     else: classes = {'': {d: list(itertools.chain(*sub.values())) for d,sub in tree.items()}}
     a,b = (list(classes)[i] for i in (0,-1))
     if lost := set(classes[b])-set(classes[a]):
         raise ValueError(f"{path/b} has the class {min(lost)!r}, which {path/a} has not: "
                          "both need the same class folders")
     if len(classes[a])<2:
-        raise ValueError(f"{path} has {len(classes[a])} class folders with images: move the images of each class into its own "
-                         f"folder, in {path} or in {path}/train and {path}/test")
+        raise ValueError(f"{path} has {len(classes[a])} class folders with images: move the images of each class "
+                         f"into its own folder, in {path} or in {path}/train and {path}/test")
     files = [L(itertools.chain(*o.values())).sorted() for o in classes.values()]
     return [path/d for d in classes],files,sorted(classes[a])
 
@@ -1179,7 +1199,7 @@ def labelled_dls(
     seed:int=0, # Random seed of the split
     num_workers:int|None=None, # Data-loading worker processes; default: one per core, at most 16
     n_in:int=3, # Number of image channels: 3, or 1 for grey images; other numbers need an `open_fn`
-    open_fn:Callable|None=None, # Custom function that opens a file, see `unlabelled_dls`; default: `open_rgb` or `open_gray`
+    open_fn:Callable|None=None, # Function that opens a file, see `unlabelled_dls`; default: `open_rgb` or `open_gray`
     **kwargs # Arguments of `DataBlock.dataloaders` such as `device`; and `batch_tfms`
 )->DataLoaders: # Batches `(x,y)`, x floats (bs,C,size,size) in [0,1]
     "Create DataLoaders of labelled images; the class of a file is its folder below train/ or test/, at any depth"
@@ -1192,9 +1212,10 @@ def labelled_dls(
     else:             split = range_of(files[0]),[len(files[0])+i for i in range_of(files[1])]
     xs,ys = [_Open(open_fn)],[_ClassOf(roots),Categorize(vocab=classes)]
     # no setup of the images: it opens the first file, which may be unreadable
-    dsets = Datasets(tls=[TfmdLists(items, t, splits=split, do_setup=t is ys, types=[t[0].input_types]) for t in (xs,ys)])
-    dls   = dsets.dataloaders(path=Path('.'), bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor],
-                              after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
+    def lists(t): return TfmdLists(items, t, splits=split, do_setup=t is ys, types=[t[0].input_types])
+    dls = Datasets(tls=[lists(xs), lists(ys)]).dataloaders(
+        path=Path('.'), bs=bs, num_workers=num_workers, dl_type=ReadableDL, after_item=[*tfms,ToTensor],
+        after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
     for dl in dls: dl.dataset.replace = True
     return dls
 

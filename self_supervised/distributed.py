@@ -35,7 +35,7 @@ def sum_processes(
 def gather_equal(
     x:Tensor # (n, ...), of the same shape on all ranks
 )->Tensor: # (ranks*n, ...)
-    "Gather the rows of all ranks, in the order of the ranks; without waiting for the device, because the shape is known"
+    "Gather equally many rows from all ranks, in the order of the ranks, without waiting for the device"
     if n_processes()==1: return x
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(n_processes())]
     dist.all_gather(outs, x.contiguous())
@@ -121,7 +121,7 @@ class JointDL(InputDL, DistributedDL):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.fake_l.prefetch_factor = self.dl.fake_l.prefetch_factor
-        self.copy_ahead,self.keep_workers = (getattr(self.dl, o, getattr(InputDL, o)) for o in ('copy_ahead','keep_workers'))
+        for o in ('copy_ahead','keep_workers'): setattr(self, o, getattr(self.dl, o, getattr(InputDL, o)))
 
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=_device())
@@ -133,7 +133,8 @@ class JointDL(InputDL, DistributedDL):
     @rng.setter
     def rng(self, v): self.dl.rng = v
 
-    def __len__(self): return joint_len(ifnone(self.dl.n, len(self.dl.dataset)), self.bs, self.world_size, self.drop_last)
+    def __len__(self):
+        return joint_len(ifnone(self.dl.n, len(self.dl.dataset)), self.bs, self.world_size, self.drop_last)
 
     def get_idxs(self):
         idxs = np.asarray(self.dl.get_idxs())

@@ -342,6 +342,10 @@ def check_sizes(
         cfg  = getattr(encoder, 'pretrained_cfg', {})
         name = cfg.get('architecture', type(encoder).__name__)
         own  = cfg.get('input_size', (3,224,224))[-1]
+        ph,pw = patch_size(encoder) or (1,1)
+        if h%ph or w%pw:
+            raise ValueError(f"crops of {h}x{w} pixels for {name} with patches of {ph}x{pw}: "
+                             "pass crop sizes that are multiples of the patch size") from e
         raise ValueError(f"{name} cannot take views of {h}x{w} pixels with {n_in} channels ({first_line(e)}). "
                          "If it accepts one size only, set all crop sizes to it: "
                          f"get_dino_aug_pipelines(crop_sizes=({own},{own})); or choose a backbone for all sizes, "

@@ -13,8 +13,8 @@ from fastprogress.fastprogress import progress_bar
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 import base64, csv, io
-import jinja2
 from torch.utils import data as torch_data
+from .style import *
 from .data import *
 from .encoders import *
 from .features import *
@@ -158,6 +158,7 @@ def _picture(images, name):
     im = images[name]
     return as_picture(im[0] if isinstance(im, tuple) else im)
 
+@figure_style()
 def _rows(rows, axs, size=1.15):
     "Show rows of (picture, title)"
     if axs is None:
@@ -374,6 +375,7 @@ def apart(
         if not len(kept) or (np.abs(xy[kept]-p).max(1)>=size).all(): kept.append(i)
     return kept
 
+@figure_style()
 def show_map(
     table:pd.DataFrame, # Result of `image_map`
     images, # Images: see `show_nearest`
@@ -438,8 +440,7 @@ def explore_page(
     "Create an HTML page with nearest images, near-duplicates, outliers, clusters and a 2-D map of a folder"
     if len(feats)<4: raise ValueError(f"{len(feats)} images are too few for a page: pass a folder of 4 or more")
     k   = min(k, len(feats)-1)
-    env = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader('self_supervised'))
-    return env.get_template('explore.jinja').render(
+    return render_page('explore.jinja',
         title=f'Images in {Path(folder).resolve().name}', encoder=encoder, n=len(feats), bad=feats.attrs.get('bad_files', {}),
         k=k, threshold=threshold, src=_Sources(folder, thumb, open_fn),
         **_page_facts(feats, queries, n_clusters, threshold, k, n_map, seed))

@@ -31,8 +31,8 @@ def set_encoder_stats(
     mean, # Mean per channel, (C,)
     std # Standard deviation per channel, (C,)
 ):
-    "Store statistics in an encoder, as buffers outside its state dict: `mean` and `std`, or `norm_mean` and `norm_std` if it has these"
-    if 'stats_names' not in vars(encoder):                       # what an encoder has by itself may belong to its forward
+    "Store statistics in an encoder, as buffers outside its state dict: `mean` and `std`, or `norm_mean` and `norm_std`"
+    if 'stats_names' not in vars(encoder):               # what an encoder has by itself may belong to its forward
         own = hasattr(encoder, 'mean') or hasattr(encoder, 'std')
         encoder.stats_names = ('norm_mean','norm_std') if own else ('mean','std')
     for k,v in zip(encoder.stats_names, (mean,std)):
@@ -50,7 +50,7 @@ def norm_stats(
     if stats := encoder_stats(m) or encoder_stats(enc): return stats
     cfg = getattr(enc, 'pretrained_cfg', None) or {}
     if 'mean' not in cfg: return None
-    n_in = getattr(enc, 'timm_args', {}).get('in_chans', len(cfg['mean']))           # timm's statistics are for colour images
+    n_in = getattr(enc, 'timm_args', {}).get('in_chans', len(cfg['mean']))   # timm's statistics are for colour images
     return (torch.tensor(cfg['mean']),torch.tensor(cfg['std'])) if len(cfg['mean'])==n_in else None
 
 def dl_normalize(
@@ -88,8 +88,8 @@ class _Renorm:
         self.stats = tuple(o.to(x.device) for o in self.stats)   # once
         mean,std = (o.to(x.dtype)[:,None,None] for o in self.stats)
         if len(mean)!=x.shape[1]:
-            raise ValueError(f"images of {x.shape[1]} channels for a model with normalisation statistics of {len(mean)}: "
-                             "pass stats=(means, stds)")
+            raise ValueError(f"images of {x.shape[1]} channels for a model with normalisation statistics of "
+                             f"{len(mean)}: pass stats=(means, stds)")
         return (x-mean)/std
 
     def check(self):
@@ -113,7 +113,7 @@ def encode(
     n_blocks:int=1, # Number of last blocks whose features are concatenated, for a timm vision transformer
     avgpool:bool=False, # Append the mean of the last block's patch tokens
     interleave:bool=False, # Interleave class token and mean, as the paper's classifiers; for n_blocks=1, avgpool=True
-    tokens:str='image' # 'image': image feature; 'patch': patch tokens (bs,h,w,d); 'all': class and patch tokens (bs,1+h*w,d)
+    tokens:str='image' # 'image': image feature; 'patch': patch tokens (bs,h,w,d); 'all': class token too, (bs,1+h*w,d)
 )->Tensor: # Features (bs, features), or tokens
     "Compute the features of a batch"
     if tokens not in ('image','patch','all'): raise ValueError(f"tokens={tokens!r}: pass 'image', 'patch' or 'all'")
@@ -135,8 +135,8 @@ def encode(
         if cls is None: raise ValueError(f"{type(encoder).__name__} has no class token: pass tokens='image' or 'patch'")
         return torch.cat([cls[-1][:,None], patches.flatten(1,2)], 1)
     if avgpool and image_feature(encoder)=='mean of patches':
-        raise ValueError(f"the feature of this {type(encoder).__name__} is the mean of its patches already: pass avgpool=False, "
-                         "or create the encoder with global_pool='token' if it has a class token")
+        raise ValueError(f"the feature of this {type(encoder).__name__} is the mean of its patches already: "
+                         "pass avgpool=False, or create the encoder with global_pool='token' if it has a class token")
     feats,patches = vit_features(encoder, x, n_blocks)
     parts = list(feats) + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)

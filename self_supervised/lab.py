@@ -9,6 +9,7 @@ __all__ = ['baselines', 'variants', 'data_sets', 'measure', 'epochs_in', 'run_va
 # %% ../nbs/api/41_lab.ipynb #d378960a
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
+from .style import *
 from .plain import *
 from .data import *
 from .augmentations import *
@@ -259,6 +260,7 @@ def _plot_order(runs, col):
 
 _markers = ('','o',-.12,'teacher, or single network'),('student ','s',.12,'student')
 
+@figure_style()
 def plot_ablation(
     runs:pd.DataFrame, # Result of `read_runs`
     cols:tuple=('20-NN','linear','1 label/class'), # Columns to plot, one panel each
@@ -274,8 +276,8 @@ def plot_ablation(
             if pre+c not in runs: continue
             g = runs.groupby('variant')[pre+c].agg(['mean','std']).reindex(names)
             ax.errorbar(g['mean'], y+shift, xerr=g['std'].fillna(0), fmt=marker, ms=4, label=label)
-        ax.set(title=c, yticks=y, yticklabels=names)
+        ax.set(title=c, xlabel='accuracy (%)', yticks=y, yticklabels=names)
         ax.grid(axis='x', alpha=.3)
     axs[0].invert_yaxis()
-    axs[0].legend(fontsize=7, loc='center left')
+    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=2)
     return axs

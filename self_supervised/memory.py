@@ -138,8 +138,8 @@ def memory_error(
         text = f"{need}. {savings}"
     except Exception:
         chunked = ' chunked_loss=True,' if hasattr(method, 'chunked_loss') else ''
-        text = (f"a step of {bs} images and {len(sizes)} crops does not fit: pass bs='auto' to the learner, smaller batches "
-                f"with GradientAccumulation,{chunked} a smaller out_dim, or grad_checkpointing=True")
+        text = (f"a step of {bs} images and {len(sizes)} crops does not fit: pass bs='auto' to the learner, "
+                f"smaller batches with GradientAccumulation,{chunked} a smaller out_dim, or grad_checkpointing=True")
     new = type(e)(f"out of memory: {text}. (Error of the device: {device_text})")
     new.need = need                                              # for commands, which name options instead
     return new

@@ -36,7 +36,8 @@ def _n_views(n_student, n_target, large_crop_ids):
     n_large = len(large_crop_ids)
     bs,rest = divmod(n_target, n_large)
     if rest or not bs or n_student%bs:
-        raise ValueError(f"{n_student} student rows and {n_target} teacher rows for large_crop_ids={tuple(large_crop_ids)}: "
+        raise ValueError(f"{n_student} student rows and {n_target} teacher rows for "
+                         f"large_crop_ids={tuple(large_crop_ids)}: "
                          "pass (n_crops*bs, K) and (len(large_crop_ids)*bs, K)")
     n = n_student//bs
     if max(large_crop_ids)>=n:
@@ -417,5 +418,6 @@ def alpha_req(
     ev = torch.linalg.svdvals(f-f.mean(0)).pow(2)/len(f)
     ev = ev[:min(int((ev>1e-6*ev[0]).sum()), ifnone(last, len(ev)))][first-1:]
     if len(ev)<2: return torch.tensor(math.nan, device=features.device)
-    x,y = (o-o.mean() for o in (torch.arange(first, first+len(ev), dtype=torch.double, device=ev.device).log(), ev.log()))
+    ranks = torch.arange(first, first+len(ev), dtype=torch.double, device=ev.device)
+    x,y = (o-o.mean() for o in (ranks.log(), ev.log()))
     return -(x@y)/(x@x)

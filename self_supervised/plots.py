@@ -8,7 +8,9 @@ __all__ = ['history_df', 'plot_history', 'show_neighbours', 'tsne', 'show_tsne',
 
 # %% ../nbs/api/40_plots.ipynb #f7f3413b
 import shutil, tempfile
+from matplotlib.ticker import MaxNLocator
 from fastai.vision.all import *
+from .style import *
 from .data import *
 from .encoders import *
 from .features import *
@@ -25,6 +27,7 @@ def history_df(
     rows = [[i,*v] for i,v in enumerate(src.recorder.values) if len(v)]          # skipped epochs have no values
     return pd.DataFrame(rows, columns=['epoch',*names][:len(rows[0])] if rows else ['epoch'])
 
+@figure_style()
 def plot_history(
     src:Learner|str|Path|pd.DataFrame, # Fitted learner, file of `History` or `CSVLogger`, or a table of `history_df`
     ln_k:float|None=None, # Logarithm of the number of prototypes, plotted as the line of uniform collapse
@@ -39,21 +42,28 @@ def plot_history(
         if pd.api.types.is_numeric_dtype(df[c]) and df[c].notna().any():
             others.setdefault(c.split('_')[0], []).append(c)
     n = len(others)+bool(parts)
-    if axs is None: axs = plt.subplots(1, n, figsize=(4.2*n,3), squeeze=False)[1][0]
+    if axs is None: axs = plt.subplots(1, n, figsize=(3.9*n,3), squeeze=False, layout='constrained')[1][0]
     for c in parts: axs[0].plot(df.epoch+1, df[c], label=c.replace('_',' ').replace('kl','KL'))
     if parts:
         if ln_k is not None: axs[0].axhline(ln_k, color='grey', ls=':', label='ln K: uniform')
-        axs[0].set(title='loss = teacher entropy + KL' if 'kl' in parts else 'loss', xlabel='epoch')
-        axs[0].legend()
+        title = 'loss = teacher entropy + KL' if 'kl' in parts else 'loss'
+        low,high = axs[0].get_ylim()
+        axs[0].set(title=title, xlabel='epoch', ylabel='nats' if 'kl' in parts else None)
+        axs[0].set_ylim(low, high+.35*(high-low))                # space for the legend
+        axs[0].legend(loc='upper center', ncols=2)
     for ax,(name,cols) in zip(axs[bool(parts):], others.items()):
         for c in cols:                                           # k-NN may be measured every few epochs
             m = df[c].notna()
             ax.plot(df.epoch[m]+1, df[c][m], label={'knn':'teacher','knn_student':'student'}.get(c, c))
-        ax.set(title=dict(knn='k-NN top-1', rankme='RankMe', alpha='α-ReQ').get(name, cols[0].replace('_',' ')), xlabel='epoch')
+        title = dict(knn='k-NN top-1', rankme='RankMe', alpha='α-ReQ').get(name, cols[0].replace('_',' '))
+        ax.set(title=title, xlabel='epoch', ylabel='accuracy' if name=='knn' else None)
+        if name in ('rankme','alpha'): ax.set_ylim(bottom=0)     # small changes are noise
         if len(cols)>1: ax.legend()
+    for ax in axs: ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return axs
 
 # %% ../nbs/api/40_plots.ipynb #ea8b36cb
+@figure_style()
 def show_neighbours(
     feats:Tensor, # Features of all images, (n, d)
     images, # Images: `images[i]` is an image (C,H,W) in [0,1], or a tuple that starts with one
@@ -93,6 +103,7 @@ def tsne(
     if x.shape[1]<2: x = np.pad(x, ((0,0),(0,1)))
     return TSNE(perplexity=min(30, (len(x)-1)/3), init='pca', random_state=seed, **kwargs).fit_transform(x)
 
+@figure_style()
 def show_tsne(
     feats:Tensor, # Features, (n, d)
     labels:Tensor, # Classes, (n,)
@@ -110,17 +121,21 @@ def show_tsne(
     else:
         i = torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:n_max]
         f,y = f[i],labels[i]
-    if len(f)<4: raise ValueError(f"{len(f)} points, where t-SNE needs 4: pass 4 or more {'classes' if means else 'images'}")
+    if len(f)<4:
+        what = 'classes' if means else 'images'
+        raise ValueError(f"{len(f)} points, where t-SNE needs 4: pass 4 or more {what}")
     xy = tsne(f.numpy(), seed, metric='cosine')
     if ax is None: ax = plt.subplots(figsize=(5,5))[1]
     if means:
         ax.scatter(*xy.T, s=12)
-        for (a,b),c in zip(xy, y): ax.annotate(name(c), (a,b), xytext=(3,3), textcoords='offset points', fontsize=8)
+        for (a,b),c in zip(xy, y): ax.annotate(name(c), (a,b), xytext=(3,3), textcoords='offset points', fontsize='small')
     else:
-        colors = plt.colormaps['tab20']
-        for j,c in enumerate(classes): ax.scatter(*xy[(y==c).numpy()].T, s=6, label=name(c), color=colors(j%20))
-        if len(classes)<=20: ax.legend(markerscale=2, fontsize=8, loc='upper left', bbox_to_anchor=(1,1))
+        colors = figure_colors if len(classes)<=10 else plt.colormaps['tab20'].colors
+        for j,c in enumerate(classes):
+            ax.scatter(*xy[(y==c).numpy()].T, s=6, label=name(c), color=colors[j%len(colors)])
+        if len(classes)<=20: ax.legend(markerscale=2, loc='upper left', bbox_to_anchor=(1,1))
     ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(True)
     return ax
 
 # %% ../nbs/api/40_plots.ipynb #75fd38ea
@@ -153,6 +168,7 @@ def _grow(m, shape):
     (h,w),(H,W) = m.shape[-2:],shape[-2:]
     return m.float().repeat_interleave(H//h, -2).repeat_interleave(W//w, -1)
 
+@figure_style()
 def show_attention(
     encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that contains one
     x:Tensor|Image.Image, # Images (bs,C,H,W) or one (C,H,W), uint8 or in [0,1]; a Pillow image, a file, or a list of those
@@ -201,6 +217,7 @@ def heads_overlay(
     grey   = image.mean(0, keepdim=True).expand(3,-1,-1)
     return torch.where(n>0, (1-alpha)*grey + alpha*torch.einsum('nhw,nc->chw', masks, colors)/n.clamp(min=1), grey)
 
+@figure_style()
 def show_heads(
     encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that contains one
     x:Tensor|Image.Image, # Images: see `show_attention`
@@ -222,6 +239,7 @@ def show_heads(
     return axs
 
 # %% ../nbs/api/40_plots.ipynb #48dff2ce
+@figure_style()
 def show_patch_pca(
     encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that contains one
     x:Tensor|Image.Image, # Images: see `show_attention`

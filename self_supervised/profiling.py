@@ -7,6 +7,7 @@ __all__ = ['epoch_times', 'plot_epoch_times']
 
 # %% ../nbs/api/46_profiling.ipynb #b46b1d5d
 from fastai.vision.all import *
+from .style import *
 from .data import *
 from .vision.core import *
 
@@ -43,6 +44,7 @@ def epoch_times(
     phases = {k: times[k]/(n_epoch*len(dl)) for k in ('waiting','views','step')}
     return phases | dict(opening=opening, workers=dl.fake_l.num_workers)
 
+@figure_style()
 def plot_epoch_times(
     times:dict, # Name to result of `epoch_times`
     ax:plt.Axes|None=None # Axes to plot into; default: a new figure
@@ -51,7 +53,7 @@ def plot_epoch_times(
     if ax is None: ax = plt.subplots(figsize=(8,1+.7*len(times)), layout='constrained')[1]
     y  = np.arange(len(times))
     left = np.zeros(len(times))
-    for k,c in (('waiting','tab:red'),('views','tab:orange'),('step','tab:blue')):
+    for k,c in (('waiting',figure_colors[3]),('views',figure_colors[1]),('step',figure_colors[0])):
         w = 1e3*np.array([t[k] for t in times.values()])
         ax.barh(y, w, .4, left, color=c, label='waiting for the loader' if k=='waiting' else k)
         left += w
@@ -59,5 +61,5 @@ def plot_epoch_times(
     ax.barh(y+.3, opening, .16, color='lightgrey', label='opening and decoding, divided by the workers')
     ax.set(yticks=y, yticklabels=list(times), xlabel='milliseconds per batch')
     ax.invert_yaxis()
-    ax.legend(fontsize=8)
+    ax.legend()
     return ax

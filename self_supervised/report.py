@@ -11,7 +11,7 @@ from dataclasses import dataclass,field
 from matplotlib.ticker import MaxNLocator
 from types import SimpleNamespace
 import base64, importlib.metadata, io, json, shlex
-import jinja2
+from .style import *
 from .data import *
 from .encoders import *
 from .features import *
@@ -29,7 +29,7 @@ def save_figure(
 ):
     "Save the figure of some Axes, and close it"
     fig = axs.flat[0].figure
-    fig.tight_layout()
+    if fig.get_layout_engine() is None: fig.tight_layout()
     with atomic_path(file) as tmp: fig.savefig(tmp, format='png', dpi=110)
     plt.close(fig)
 
@@ -299,7 +299,8 @@ def _facts(run):
 
 # condition, level, headline; the first condition that holds counts
 _rules = [
-    (lambda o: o.nan_epoch is not None,       'bad',     "Stopped: the loss became NaN or infinite in epoch {nan_epoch}"),
+    (lambda o: o.nan_epoch is not None,       'bad',
+     "Stopped: the loss became NaN or infinite in epoch {nan_epoch}"),
     (lambda o: o.sign in ('uniform','point'), 'bad',     "Collapsed: {diagnosis}"),
     (lambda o: o.sign=='stuck',               'warn',    "No progress: the loss is at or above ln K"),
     (lambda o: o.n_done==0,                   'unknown', "No epoch was completed"),
@@ -518,12 +519,12 @@ def _view(run, curves):
 _ink = dict(light=('#1c2330','#c9cfd8'), dark=('#e5e9f0','#4a5262'))           # text and lines
 def _style(scheme, n_epochs):
     ink,line = _ink[scheme]
-    return {'text.color':ink, 'axes.labelcolor':ink, 'xtick.color':ink, 'ytick.color':ink, 'axes.titlecolor':ink,
-            'axes.edgecolor':line, 'grid.color':line, 'grid.alpha':.6, 'axes.grid':True,
-            'axes.spines.top':False, 'axes.spines.right':False, 'font.size':11,
-            'legend.frameon':False, 'lines.linewidth':2, 'lines.markersize':5,
-            'lines.marker':'o' if n_epochs<=3 else '',
-            'figure.figsize':(4.8,3.1), 'axes.facecolor':'none', 'figure.facecolor':'none'}
+    return figure_rc | {
+        'text.color':ink, 'axes.labelcolor':ink, 'xtick.color':ink, 'ytick.color':ink, 'axes.titlecolor':ink,
+        'axes.edgecolor':line, 'grid.color':line, 'grid.alpha':.6, 'axes.grid':True,
+        'font.size':11, 'axes.titlesize':13, 'axes.labelsize':11, 'xtick.labelsize':10, 'ytick.labelsize':10,
+        'legend.fontsize':10, 'lines.marker':'o' if n_epochs<=3 else '',
+        'figure.figsize':(4.8,3.1), 'axes.facecolor':'none', 'figure.facecolor':'none'}
 
 def _png(ax):
     "Figure of `ax` in PNG format, as base64 text"
@@ -568,17 +569,16 @@ def _curves(run):
                 continue
             alt = f"{ax.get_title()}, epochs 1 to {int(df.epoch.max())+1}: {_describe_lines(ax)}"
             for e in sorted({o['epoch']+1 for o in run.messages}):
-                ax.axvline(e, color='tab:red', ls='--', lw=1.2, marker='')
+                ax.axvline(e, color=figure_colors[3], ls='--', lw=1.2, marker='')
             yield _epoch_axis(ax, len(df)),alt
     return _light_and_dark(draw, len(df))
 
-_colors = ['#3b82c4','#e08214','#3a9d5d','#cf4446','#8e63b8','#8c6d53','#d96fae','#7f8790','#a8a821','#26a5b5']
 _dashes = {'solid':'-','dashed':'--','dotted':':'}
 _titles = dict(train_loss='loss', teacher_entropy='teacher entropy', kl='KL', rankme='RankMe',
                knn='k-NN top-1, teacher', knn_student='k-NN top-1, student')
 
-def _run_color(i): return _colors[i%len(_colors)]
-def _run_dash(i): return list(_dashes)[i//len(_colors)%len(_dashes)]
+def _run_color(i): return figure_colors[i%len(figure_colors)]
+def _run_dash(i): return list(_dashes)[i//len(figure_colors)%len(_dashes)]
 
 def _measured(df, c):
     "Epochs of `df` in which the numeric column `c` was measured"
@@ -656,9 +656,7 @@ def _render(runs, out):
         losses = {(r.notes.get('method'),r.notes.get('ln_k')) for r in runs}
         facts |= dict(kind=', '.join(r.name for r in runs), overlaid=_comparison_curves(runs),
                       differ=_differences(runs, views), other_losses=len(losses)>1)
-    env  = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                              loader=jinja2.PackageLoader('self_supervised'))
-    html = env.get_template('report.jinja').render(facts)
+    html = render_page('report.jinja', **facts)
     with atomic_path(out) as tmp: tmp.write_text(html, encoding='utf-8', errors='replace') # for invalid file names
 
 def _write_files(learn, folder, labelled):

@@ -9,6 +9,7 @@ __all__ = ['patch_similarity', 'similar_patches', 'show_patch', 'patch_tokens', 
 from fastai.vision.all import *
 from importlib.util import find_spec
 import base64, io
+from .style import *
 from .data import *
 from .encoders import *
 from .features import *
@@ -42,6 +43,7 @@ def similar_patches(
     order = [j for j in best.values.sort(descending=True, stable=True).indices.tolist() if j!=image]
     return here, [at(j, best.indices[j].item()) for j in order[:k]]
 
+@figure_style()
 def show_patch(
     encoder:nn.Module, # Vision transformer of timm, or a learner or model that contains one
     images:Tensor|list, # Images of one size: see `show_attention`
@@ -54,7 +56,7 @@ def show_patch(
     tokens:Tensor|None=None, # Patch tokens of the images, (n,h,w,d); default: compute them
     stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     who:str='teacher' # Network to use: 'teacher' or 'student'
-)->plt.Figure: # Top: image, attention of the patch, its mask, similar patches; bottom: other images with similar patches
+)->plt.Figure: # Top: image, attention of the patch, its mask, similar patches; bottom: similar patches of other images
     "Plot the attention of a patch, and the most similar patches in its image and in other images"
     enc,x,z = for_encoder(encoder, images, stats, who)
     if not 0<=image<len(x): raise ValueError(f"image={image}, but there are {len(x)}: pass 0 to {len(x)-1}")
@@ -70,7 +72,8 @@ def show_patch(
     sim,im = patch_similarity(tokens, image, patch),x[image]
     here,others = similar_patches(tokens, image, patch, k)
     grown  = lambda m: m.float().repeat_interleave(ph, -2).repeat_interleave(pw, -1)
-    def frame(ax, row, col, color): ax.add_patch(plt.Rectangle((col*pw-.5,row*ph-.5), pw, ph, fill=False, ec=color, lw=2))
+    def frame(ax, row, col, color):
+        ax.add_patch(plt.Rectangle((col*pw-.5,row*ph-.5), pw, ph, fill=False, ec=color, lw=2))
     fig = plt.figure(figsize=(10,5.4), layout='constrained')
     axs = fig.subplots(2, max(4,k))
     for ax in axs.flat: ax.axis('off')
@@ -80,7 +83,8 @@ def show_patch(
     title = f'attention of {of}\nin block {range(n_blocks)[block]+1} of {n_blocks}'
     show_image(grown(a)[None], ctx=axs[0,1], cmap='viridis', title=title)
     show_image(im*(.25+.75*mask), ctx=axs[0,2], title=f'{keep:.0%} of it')
-    show_image(grown(sim[image])[None], ctx=axs[0,3], cmap='magma', vmin=sim.min().item(), vmax=1, title='similar patches')
+    show_image(grown(sim[image])[None], ctx=axs[0,3], cmap='magma', vmin=sim.min().item(), vmax=1,
+               title='similar patches')
     for _,r,c,_ in here: frame(axs[0,0], r, c, 'yellow')
     for ax in axs[0,:4]: frame(ax, *patch, 'red')
     for ax,(j,r,c,s) in zip(axs[1], others):
@@ -115,7 +119,8 @@ export default { render({ model, el }) {
   const draw = () => {
     const [h, w] = model.get('grid'), [r, c] = model.get('patch')
     img.src = model.get('src')
-    mark.style.left = `${100*c/w}%`; mark.style.top = `${100*r/h}%`; mark.style.width = `${100/w}%`; mark.style.height = `${100/h}%`
+    const at = {left: c/w, top: r/h, width: 1/w, height: 1/h}
+    for (const k in at) mark.style[k] = `${100*at[k]}%`
   }
   const go = (r, c) => {
     const [h, w] = model.get('grid'), at = (o, n) => Math.max(0, Math.min(n-1, Math.floor(o)))
@@ -127,7 +132,8 @@ export default { render({ model, el }) {
     go((e.clientY-b.top)/b.height*h, (e.clientX-b.left)/b.width*w)
   })
   box.addEventListener('keydown', e => {
-    const d = {ArrowUp: [-1,0], ArrowDown: [1,0], ArrowLeft: [0,-1], ArrowRight: [0,1]}[e.key], [r, c] = model.get('patch')
+    const [r, c] = model.get('patch')
+    const d = {ArrowUp: [-1,0], ArrowDown: [1,0], ArrowLeft: [0,-1], ArrowRight: [0,1]}[e.key]
     if (d) { e.preventDefault(); e.stopPropagation(); go(r+d[0], c+d[1]) }
   })
   model.on('change', draw)
@@ -154,7 +160,8 @@ def _why_no_widget():
     "The reason why the widget cannot be shown; None if it can"
     missing = [o for o in ('ipywidgets','anywidget') if not find_spec(o)]
     if missing:
-        return f"{' and '.join(missing)} not installed: pip install 'self-supervised-dino[widgets]' to click on the patches"
+        return (f"{' and '.join(missing)} not installed: "
+                "pip install 'self-supervised-dino[widgets]' to click on the patches")
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     if not hasattr(shell, 'kernel'): return "open a Jupyter notebook to click on the patches"
 
@@ -167,7 +174,7 @@ def _src(im):
 def explore_attention(
     encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that contains one
     images:Tensor|list|str|Path, # Images (n,C,H,W), uint8 or floats in [0,1]; files or Pillow images; or a folder
-    size:int|None=None, # Size of the centre crop of files and Pillow images, in pixels; default: unchanged, 224 for a folder
+    size:int|None=None, # Centre crop of files and Pillow images, in pixels; default: unchanged, 224 for a folder
     n_max:int=24, # Maximum number of images of a folder
     patch:tuple|None=None, # Row and column of the first patch; default: the centre
     keep:float=.6, # Initial fraction of the attention mass that a mask keeps

@@ -10,7 +10,7 @@ from self_supervised.cli.ablate import dino_ablate
 from self_supervised.cli.prepare import dino_prepare
 from self_supervised.cli.report import dino_report
 
-SMALL = '--size 16 --batch-size 8 --num-workers 0'
+SMALL = '--batch-size 8 --num-workers 0'                           # the image size is that of the run
 COMMANDS = [                                                     # in an order in which one uses what another wrote; sizes alone are added
     (dino_train,     'dino_train --path IMAGES --labels LABELLED --epochs 1 --out runs/mine --arch vit_mini_patch4_16 --size 16 --batch-size-per-gpu 8 --num-workers 0'),
     (dino_eval,      f'dino_eval knn --encoder runs/mine --data LABELLED {SMALL}'),
@@ -18,7 +18,7 @@ COMMANDS = [                                                     # in an order i
     (dino_eval,      f'dino_eval lowshot --encoder runs/mine --data LABELLED {SMALL}'),
     (dino_eval,      f'dino_eval finetune --encoder runs/mine --data LABELLED --epochs 1 {SMALL}'),
     (dino_eval,      f'dino_eval unlabelled --encoder runs/mine --data IMAGES {SMALL}'),
-    (dino_attention, 'dino_attention IMAGES/0.png --encoder runs/mine --size 16'),
+    (dino_attention, 'dino_attention IMAGES/0.png --encoder runs/mine'),
     (dino_prepare,   'dino_prepare IMAGES small --size 16 --num-workers 0'),
     (dino_embed,     f'dino_embed IMAGES --encoder runs/mine {SMALL}'),
     (dino_explore,   f'dino_explore IMAGES --encoder runs/mine {SMALL}'),

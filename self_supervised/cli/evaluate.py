@@ -11,11 +11,13 @@ from fastai.vision.all import *
 from typing import Annotated
 import contextlib, inspect, json, platform
 import timm
+from ..style import *
 from ..plain import *
 from ..data import *
 from ..encoders import *
 from ..features import *
 from ..checkpoints import *
+from ..runs import table_columns
 from ..evaluation.knn import *
 from ..evaluation.linear import *
 from ..evaluation.lowshot import *
@@ -41,18 +43,25 @@ def _evaluate(a, src):
     set_seed(a.seed)
     enc    = open_encoder(src, a.pretrained, a.who, ifnone(a.n_in, 3)).to(a.device)
     n      = ifnone(a.n_in, channels_of(enc))
-    advice = 'pass --open-fn' if 'open_fn' in _options[a.protocol] else f'call the function of {a.protocol} with tensors'
+    takes_fn = 'open_fn' in _options[a.protocol]
+    advice = 'pass --open-fn' if takes_fn else f'call the function of {a.protocol} with tensors'
     opens  = opener(n, named_open_fn(a.open_fn), advice) if a.data else None
-    return _protocols[a.protocol](enc, AttrDict(a, encoder=src, n_in=n, opens=opens)),image_feature(enc)
+    usual  = _sizes.get(a.protocol, 224)
+    size   = ifnone(a.size, size_of_run(src, enc, usual))
+    size   = ifnone(size, 16 if a.data is None else usual)
+    table  = _protocols[a.protocol](enc, AttrDict(a, encoder=src, n_in=n, opens=opens, size=size))
+    return table,dict(features=image_feature(enc), sizes=size)
+
+def _list(kind): return Annotated[kind, {'nargs':'+'}]
 
 def dino_eval(
-    protocol:str, # Protocol: knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
-    encoder:Annotated[str, {'nargs':'+'}]=None, # Encoders to compare: run directories, checkpoints, exported files, timm names, or pixels
+    protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
+    encoder:_list(str)=None, # Encoders to compare: run directories, checkpoints, exported files, timm names, or pixels
     data:str=None, # Folder of images, in the layout of the protocol (default: built-in digits, if classes are needed)
     out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, or eval_PROTOCOL_ENCODER.json)
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=None, # Image size in pixels (default: 224; digits 16, copydetection 320, retrieval 512, video, segmentation 480)
+    size:int=None, # Image size in pixels (default: of the run; for other encoders by protocol, often 224; digits 16)
     n_in:int=None, # Number of input channels: 3, or 1 for grey images; others with --open-fn (default: the encoder's)
     open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
     batch_size:int=64, # Batch size
@@ -60,16 +69,16 @@ def dino_eval(
     precision:str='fp32', # Precision of the forward pass: fp32, bf16 or fp16
     device:str=None, # Device, for example cpu or cuda (default: the GPU if there is one)
     seed:int=0, # Random seed
-    groups:str=None, # Regular expression for the (group) of a file name, for example '^(.+?)_'; splits keep groups whole
-    k:Annotated[int, {'nargs':'+'}]=None, # Numbers of nearest neighbours (default: 10 20 100 200)
+    groups:str=None, # Regular expression for the (group) of a file, for example '^(.+?)_'; splits keep groups whole
+    k:_list(int)=None, # Numbers of nearest neighbours (default: 10 20 100 200)
     temperature:float=.07, # Temperature of the neighbours' weights
-    n_blocks:Annotated[int, {'nargs':'+'}]=None, # Numbers of last blocks to take features from (default: 1)
+    n_blocks:_list(int)=None, # Numbers of last blocks to take features from (default: 1)
     avgpool:bool=False, # Compare also with the mean of the patch tokens appended
-    lrs:Annotated[float, {'nargs':'+'}]=None, # Learning rates for a batch of 256, all compared (default: 0.001 to 3)
-    valid_pct:float=.1, # Fraction of training images to choose the learning rate on; 0 uses the test images, as the paper
+    lrs:_list(float)=None, # Learning rates for a batch of 256, all compared (default: 0.001 to 3)
+    valid_pct:float=.1, # Fraction of training images to choose the learning rate on; 0: the test images, as the paper
     augment:bool=False, # Train the linear classifier on random crops, as the paper does
     linear_weights:str=None, # File of a pretrained linear classifier, in place of training one
-    labels:Annotated[float, {'nargs':'+'}]=None, # Labels per class, or fractions of labels below 1 (default: 1 0.01 0.1)
+    labels:_list(float)=None, # Labels per class, or fractions of labels below 1 (default: 1 0.01 0.1)
     draws:int=5, # Number of random subsets of the labels
     epochs:int=None, # Number of epochs (default: 100 for linear, 5 for finetune)
     lr:float=2e-3, # Learning rate of the classifier; earlier layers use lower ones
@@ -100,7 +109,8 @@ def dino_eval(
     tables = {e:t for e,(t,_) in found.items()}
     table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
     res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits',
-               features={e:f for e,(_,f) in found.items()}, table=table.reset_index().to_dict('records'),
+               **{k: {e:o[k] for e,(_,o) in found.items()} for k in ('features','sizes')},
+               table=table.reset_index().to_dict('records'),
                seconds=round(time.time()-start, 1), settings={o:a[o] for o in _options[protocol]},
                versions={m.__name__:m.__version__ for m in (torch,timm)} | dict(python=platform.python_version()))
     with atomic_path(file) as tmp: tmp.write_text(json.dumps(to_plain(res, other=str), indent=1, allow_nan=False))
@@ -127,14 +137,15 @@ def eval_main():
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
-    if a.data is None: return digits_dls(a.size or 16, a.batch_size, device=a.device)
-    return labelled_dls(a.data, a.size or 224, a.batch_size, num_workers=a.num_workers, open_fn=a.opens, seed=a.seed,
+    if a.data is None: return digits_dls(a.size, a.batch_size, device=a.device)
+    return labelled_dls(a.data, a.size, a.batch_size, num_workers=a.num_workers, open_fn=a.opens, seed=a.seed,
                         device=a.device, **kwargs)
 
 def _group_of(pattern, file):
     m = re.search(pattern, file.name)
     if not m:
-        raise ValueError(f"--groups {pattern}: {file.name} does not match; pass an expression that matches every file name")
+        raise ValueError(f"--groups {pattern}: {file.name} does not match; "
+                         "pass an expression that matches every file name")
     return m.group(1) if m.groups() else m.group()
 
 def _common(a):
@@ -165,9 +176,8 @@ def _linear(enc, a):
                              f"but there are {f.shape[1]} features and {n_classes} classes: "
                              "pass the encoder and the data it was trained for")
         return pd.DataFrame({str(a.linear_weights): _tops(lin.to(f.device)(f), y)}).T.rename_axis('classifier')
-    size  = ifnone(a.size, 16 if a.data is None else 224)
-    view  = probe_view(size, a.n_in) if a.augment else None
-    uncut = _dls(AttrDict(a, size=round(size/.875)), crop_pct=1)[0] if a.augment and a.data else None
+    view  = probe_view(a.size, a.n_in) if a.augment else None
+    uncut = _dls(AttrDict(a, size=round(a.size/.875)), crop_pct=1)[0] if a.augment and a.data else None
     avgpool = (False,True) if a.avgpool else False
     return linear_probe(enc, dls, tuple(a.n_blocks), avgpool, tuple(a.lrs), ifnone(a.epochs, 100),
                         valid_pct=a.valid_pct, augment=view, augment_dl=uncut, **_common(a))[0]
@@ -190,42 +200,43 @@ def _finetune(enc, a):
     with contextlib.nullcontext() if a.progress else learn.no_bar(), learn.no_logging():
         learn.fine_tune(ifnone(a.epochs, 5), a.lr)
     columns = dict(accuracy='top-1', balanced_accuracy_score='balanced')
-    shown = {i: columns.get(n) for i,n in enumerate(learn.recorder.metric_names[1:-1])}
+    shown = {i: columns.get(n) for i,n in enumerate(table_columns(learn.recorder))}
     rows  = [{n: _pct(v[i]) for i,n in shown.items() if n} for v in learn.recorder.values]
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows)+1, name='epoch'))
 
 def _retrieval(enc, a):
     scales = (1,2**-.5,.5) if a.multiscale else (1,)
-    return retrieval_accuracy(enc, a.data, a.benchmark, a.size or 512, scales, a.crop_queries, precision=a.precision,
+    return retrieval_accuracy(enc, a.data, a.benchmark, a.size, scales, a.crop_queries, precision=a.precision,
                               num_workers=a.num_workers, open_fn=a.opens, progress=a.progress).round(2)
 
 def _copydetection(enc, a):
     days = (Path(a.data)/'original').is_dir()
     f    = copydays_accuracy if days else partial(copy_detection, seed=a.seed)
-    return f(enc, a.data, a.distractors, whiten_on=a.whiten_on, size=a.size or 320, precision=a.precision,
+    return f(enc, a.data, a.distractors, whiten_on=a.whiten_on, size=a.size, precision=a.precision,
              num_workers=a.num_workers, open_fn=a.opens, progress=a.progress).round(2)
 
 def _video(enc, a):
-    return video_accuracy(enc, a.data, a.masks_out, a.split, size=a.size or 480, progress=a.progress).round(2)
+    return video_accuracy(enc, a.data, a.masks_out, a.split, size=a.size, progress=a.progress).round(2)
 
 def _segmentation(enc, a):
     data  = Path(a.data)
     pairs = mask_pairs(data, a.masks) if a.masks else voc_pairs(data, a.split, a.objects)
-    return attention_segmentation(enc, pairs, a.keep, a.size or 480, progress=a.progress)
+    return attention_segmentation(enc, pairs, a.keep, a.size, progress=a.progress)
 
 def _unlabelled(enc, a):
     src = Path(a.encoder)
     saved  = src.is_dir() and any(f.stem[len('checkpoint'):].isdigit() for f in src.glob('checkpoint*.pth'))
     models = {f'epoch {e}':f for e,f in run_checkpoints(src).items()} if saved else {src.name: enc}
-    if a.data is None: dl = digits_dls(a.size or 16, a.batch_size, device=a.device)[0]
+    if a.data is None: dl = digits_dls(a.size, a.batch_size, device=a.device)[0]
     else:
-        dls = unlabelled_dls(a.data, a.size or 224, 1, num_workers=a.num_workers, seed=a.seed, device=a.device,
+        dls = unlabelled_dls(a.data, a.size, 1, num_workers=a.num_workers, seed=a.seed, device=a.device,
                              open_fn=a.opens)
         dl  = dls.train.new(bs=a.batch_size)
     return rank_table(models, dl, a.who, a.device, precision=a.precision, progress=a.progress).round(3)
 
 _protocols = dict(knn=_knn, linear=_linear, lowshot=_lowshot, finetune=_finetune, retrieval=_retrieval,
                   copydetection=_copydetection, video=_video, segmentation=_segmentation, unlabelled=_unlabelled)
+_sizes     = dict(copydetection=320, retrieval=512, video=480, segmentation=480)    # in pixels; others: 224
 _labelled  = ('knn','linear','lowshot','finetune','unlabelled')
 _defaults  = dict(k=[10,20,100,200], n_blocks=[1], lrs=[1e-3,3e-3,1e-2,3e-2,.1,.3,1.,3.], labels=[1.,.01,.1])
 _common_options = 'pretrained who size n_in num_workers device seed'.split()
@@ -258,6 +269,7 @@ def _check(a, given):
     for o,low in _minimum.items(): check_range(o, a[o], low)
 
 # %% ../../nbs/api/52_cli.evaluate.ipynb #2439eaa0
+@figure_style()
 def _figure(enc, im, keep, query):
     "Figure with attention maps, masks, and patch features of one image"
     n   = max(2, nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.num_heads', 2))
@@ -284,7 +296,7 @@ def dino_attention(
     out:str=None, # File to write (default: NAME_attention.png; NAME_attention.gif for a folder)
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=480, # Shortest side of the resized image in pixels; 0 keeps the original size
+    size:int=None, # Length of the short side in pixels; 0: unchanged (default: 480, less for a run on small crops)
     keep:float=None, # Fraction of the attention that the masks keep (default: 0.6; videos show the attention itself)
     query:Annotated[int, {'nargs':2}]=None, # Row and column of the patch to plot attention of (default: class token)
     fps:int=10, # Frames per second of a video
@@ -301,6 +313,7 @@ def dino_attention(
     enc    = open_encoder(encoder, pretrained, who).to(device_named(device))
     file   = Path(out or f"{src.stem}_attention.{'gif' if src.is_dir() else 'png'}")
     check_writable(file)
+    size   = ifnone(ifnone(size, size_of_run(encoder, enc, 480)), 480)
     frames = L(image_files(src) if src.is_dir() else [src]).map(_frame, n_in=channels_of(enc), size=size)
     if src.is_dir(): attention_video(enc, frames, file, keep=keep, fps=fps)
     else:

@@ -23,9 +23,10 @@ def _embedded(a):
     if not Path(a.folder).is_dir(): raise ValueError(f"{a.folder} is not a folder: pass a folder of images")
     enc   = open_encoder(a.encoder, a.pretrained, a.who).to(device_named(a.device))
     opens = opener(channels_of(enc), named_open_fn(a.open_fn), 'pass --open-fn')
+    size  = ifnone(ifnone(a.size, size_of_run(a.encoder, enc)), 224)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'could not read')      # printed below
-        df = embed(enc, a.folder, a.size, a.batch_size, a.num_workers, progress=not a.no_progress,
+        df = embed(enc, a.folder, size, a.batch_size, a.num_workers, progress=not a.no_progress,
                    precision=a.precision, open_fn=opens)
     if bad := df.attrs['bad_files']:
         print(f"unreadable files in {a.folder}, which are left out: {len(bad)}")
@@ -41,7 +42,7 @@ def dino_embed(
     out:str='features.parquet', # File to write, .parquet, .csv or .npz, with one row per image: path and features
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=224, # Image size of the encoder in pixels
+    size:int=None, # Image size of the encoder in pixels (default: of the run, else 224)
     open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
     batch_size:int=64, # Batch size
     num_workers:int=0, # Number of data-loading worker processes
@@ -94,14 +95,14 @@ def dino_explore(
     encoder:str=None, # Encoder: run directory, checkpoint, file of export_encoder, timm model name, or pixels
     features:str=None, # File that dino_embed wrote for this folder, in place of --encoder
     out:str='explore.html', # HTML file to write
-    query:Annotated[str, {'nargs':'+'}]=None, # Query images, as paths in the folder (default: the most typical of each cluster)
+    query:Annotated[str, {'nargs':'+'}]=None, # Query images, paths in the folder (default: the most typical ones)
     clusters:int=10, # Number of clusters
     threshold:float=.95, # Minimum cosine similarity of near-duplicates
     k:int=10, # Number of neighbours to show, also used to score outliers
     n_map:int=1000, # Maximum number of images on the 2-D map
     pretrained:bool=False, # Load the pretrained weights of a timm model
     who:str='teacher', # Network of a checkpoint: teacher or student
-    size:int=224, # Image size of the encoder in pixels
+    size:int=None, # Image size of the encoder in pixels (default: of the run, else 224)
     open_fn:str=None, # Function that opens the image files, as module:function, see dino_train
     batch_size:int=64, # Batch size
     num_workers:int=0, # Number of data-loading worker processes

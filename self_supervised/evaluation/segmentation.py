@@ -56,7 +56,9 @@ def summarise_heads(
 )->dict: # Between 0 and 1
     "Average over a data set: for the best head per object, and for the single head with the best average"
     ious = [o for o in ious if len(o)]
-    if not ious: raise ValueError("no mask has an object in it (labels other than 0 and 255): check that the masks are label maps")
+    if not ious:
+        raise ValueError("no mask has an object in it (labels other than 0 and 255): "
+                         "check that the masks are label maps")
     heads = torch.stack([o.mean(0) for o in ious]).mean(0)
     best  = torch.stack([o.max(1).values.mean() for o in ious]).mean()
     return {'best head per object': best.item(), 'one head': heads.max().item(), 'head': int(heads.argmax())}
@@ -72,8 +74,8 @@ def mask_pairs(
     if not files: raise ValueError(f"{masks} contains no masks: pass the folder of label maps (PNG)")
     lost    = [f.name for f in files if f.stem not in by_name]
     if lost:
-        raise ValueError(f"{len(lost)} of {len(files)} masks have no image of the same name in {images}, {lost[0]} first: "
-                         "pass folders with matching names")
+        raise ValueError(f"{len(lost)} of {len(files)} masks have no image of the same name in {images}, "
+                         f"{lost[0]} first: pass folders with matching names")
     return files.map(lambda f: (by_name[f.stem],f))
 
 def voc_pairs(
@@ -114,8 +116,8 @@ def open_pair(
     "Open an image and its label map, and resize both"
     im,labels = open_image(image, opener(n_in)),open_labels(mask)
     if im.size[::-1]!=tuple(labels.shape):
-        raise ValueError(f"{mask} is {labels.shape[1]}x{labels.shape[0]} pixels, but {image} is {im.width}x{im.height}: "
-                         "pass a mask of the size of its image")
+        raise ValueError(f"{mask} is {labels.shape[1]}x{labels.shape[0]} pixels, but {image} is "
+                         f"{im.width}x{im.height}: pass a mask of the size of its image")
     if size:
         w,h = (max(size, round(s*size/min(im.size))) for s in im.size)
         im  = im.resize((w,h), Image.BICUBIC)
@@ -124,7 +126,7 @@ def open_pair(
 
 def attention_segmentation(
     model:Learner|nn.Module, # Learner, model or encoder of a timm vision transformer: see `encoder_of`
-    pairs:list, # (image, labels): files of `mask_pairs` or `voc_pairs`, or tensors (C,H,W), uint8 or in [0,1], and (H,W)
+    pairs:list, # (image, labels): files, see `mask_pairs`, or tensors (C,H,W), uint8 or in [0,1], and (H,W)
     keep:float=0.6, # Fraction of the attention mass that a mask keeps
     size:int|None=480, # Length of the short side of images from files, in pixels; None: unchanged
     who:str='teacher', # Network to use: 'teacher' or 'student'

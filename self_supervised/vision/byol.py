@@ -33,11 +33,13 @@ def create_byol_model(
 )->TeacherStudentModel: # Student and teacher with identical weights, and a predictor
     "Create a student and a teacher, each an encoder with a projector, and a predictor"
     enc,nf,stats = backbone_for(arch, **kwargs)
-    return TeacherStudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,out_dim])), stats=stats, predictor=mlp([out_dim,hidden_dim,out_dim]))
+    projector,predictor = mlp([nf,hidden_dim,out_dim]),mlp([out_dim,hidden_dim,out_dim])
+    return TeacherStudentModel(nn.Sequential(enc, projector), stats=stats, predictor=predictor)
 
 class BYOL(TeacherStudent):
     "Bootstrap your own latent (Grill et al. 2020)"
-    create,views,needs = staticmethod(create_byol_model),staticmethod(get_byol_aug_pipelines),('student','teacher','predictor')
+    needs = ('student','teacher','predictor')
+    create,views = staticmethod(create_byol_model),staticmethod(get_byol_aug_pipelines)
     @staticmethod
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         d = dino_defaults(n_images, bs*n_acc, epochs, n_params)

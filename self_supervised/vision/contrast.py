@@ -74,7 +74,8 @@ class SimCLR(MultiView):
         d = merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(temp=.1 if bs>=1024 else .2))
         if n_images<20_000: return AttrDict(merge(d, dict(out_dim=64, hidden_dim=256)))
         return AttrDict(merge(d, dict(out_dim=128, hidden_dim=2048, wd=(.05,.05))))
-    def objective(self, batch): return simclr_loss(joint_rows(batch.out, self.n_views), self.n_views, self.temp, self.large_crop_ids)
+    def objective(self, batch):
+        return simclr_loss(joint_rows(batch.out, self.n_views), self.n_views, self.temp, self.large_crop_ids)
 
 class BarlowTwins(MultiView):
     "Barlow Twins (Zbontar et al. 2021)"
@@ -92,12 +93,13 @@ class BarlowTwins(MultiView):
         d = merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), dict(lam=.0051))
         if n_images<20_000: return AttrDict(merge(d, dict(out_dim=256, hidden_dim=256)))
         return AttrDict(merge(d, dict(out_dim=8192, hidden_dim=8192, wd=(.05,.05))))
-    def objective(self, batch): return barlow_loss(joint_rows(batch.out, self.n_views), self.n_views, self.lam, self.large_crop_ids)
+    def objective(self, batch):
+        return barlow_loss(joint_rows(batch.out, self.n_views), self.n_views, self.lam, self.large_crop_ids)
 
 @delegates(method_learner, keep=True)
 def simclr_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
-    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_simclr_model`
+    arch:str|nn.Module, # timm model name, module from images to features, or result of `create_simclr_model`
     aug_pipelines:list|None=None, # One callable per crop; default: `get_simclr_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.simclr` and monitors
@@ -107,7 +109,7 @@ def simclr_learner(
 @delegates(method_learner, keep=True)
 def barlow_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
-    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_barlow_model`
+    arch:str|nn.Module, # timm model name, module from images to features, or result of `create_barlow_model`
     aug_pipelines:list|None=None, # One callable per crop; default: `get_barlow_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.barlowtwins` and monitors

@@ -720,6 +720,8 @@ def method_learner(
         raise ValueError(f"bs={bs!r}: pass 'auto', or None and the batch size to the DataLoaders")
     if 'lr' in kwargs or 'wd' in kwargs:
         raise TypeError("lr and wd are arguments of learn.fit_dino and learn.pretrain: pass them there")
+    for k,v in dict(tf32=tf32, grad_checkpointing=grad_checkpointing).items():
+        if not isinstance(v, bool): raise ValueError(f"{k}={v!r}: pass True or False")
     dls  = image_dls(dls)
     n    = n_images(dls.train)
     x,*y = peek(dls, 2)

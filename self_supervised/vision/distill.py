@@ -33,7 +33,7 @@ class Distill(MultiView):
     def __init__(self,
         aug_pipelines:list, # One callable per crop, see `get_dino_aug_pipelines`
         teacher:nn.Module, # Module that maps images to (bs, n_features)
-        teacher_stats:tuple|None=None, # Mean and std of the teacher's images; default: `norm_stats` of the teacher, or none
+        teacher_stats:tuple|None=None, # Mean and std of the teacher's images; default: `norm_stats` of the teacher
         loss:str='cosine', # Distance of features: 'cosine' or 'mse'
         **kwargs
     ):
@@ -46,24 +46,28 @@ class Distill(MultiView):
         super().before_fit()
         device = device_of(self.module)
         self.teacher.to(device).eval()
-        if self.teacher_stats is not None: self.teacher_stats = tuple(torch.as_tensor(o).to(device) for o in self.teacher_stats)
+        if self.teacher_stats is not None:
+            self.teacher_stats = tuple(torch.as_tensor(o).to(device) for o in self.teacher_stats)
 
     @torch.no_grad()
     def targets(self, batch):
         def column(t): return torch.as_tensor(t).to(batch.views[0])[:,None,None]
         m     = self.module
         crops = [batch.views[i]*column(m.std)+column(m.mean) for i in self.large_crop_ids]  # back to [0,1]
-        if self.teacher_stats is not None: crops = [(v-column(self.teacher_stats[0]))/column(self.teacher_stats[1]) for v in crops]
+        if self.teacher_stats is not None:
+            mean,std = map(column, self.teacher_stats)
+            crops = [(v-mean)/std for v in crops]
         batch.teacher_out = MultiCropWrapper(self.teacher)(crops)
         return super().targets(batch)
 
-    def objective(self, batch): return distill_loss(batch.out, batch.teacher_out, len(self.large_crop_ids), self.loss, gather_equal)
+    def objective(self, batch):
+        return distill_loss(batch.out, batch.teacher_out, len(self.large_crop_ids), self.loss, gather_equal)
 
 @delegates(method_learner, keep=True)
 def distill_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
-    arch:str|nn.Module, # Student: timm model name, a module that returns (bs, n_features), or the result of `create_distill_model`
-    teacher:str|nn.Module|Learner, # timm model name to load with pretrained weights, or a learner, model or encoder; it stays frozen
+    arch:str|nn.Module, # Student: timm model name, module from images to features, or result of `create_distill_model`
+    teacher:str|nn.Module|Learner, # Pretrained timm model name, or a learner, model or encoder; it stays frozen
     aug_pipelines:list|None=None, # One callable per crop; default: `get_dino_aug_pipelines` for the size of the images
     **kwargs
 )->Learner: # With `learn.distill` and monitors

@@ -22,8 +22,9 @@ def get_moco_aug_pipelines(
     **kwargs
 )->AugPipelines: # One `View` per crop, global crops first
     "Create the crops of MoCo v2 (Chen et al. 2020)"
-    colour = dict(saturation=.4) if kwargs.get('n_in', 3)==3 else {}
-    return get_dino_aug_pipelines(num_crops, **merge(dict(min_scales=min_scales, blur_p=.5, solarize_p=0.), colour, kwargs))
+    d = dict(min_scales=min_scales, blur_p=.5, solarize_p=0.)
+    if kwargs.get('n_in', 3)==3: d['saturation'] = .4
+    return get_dino_aug_pipelines(num_crops, **merge(d, kwargs))
 
 class MoCoModel(TeacherStudentModel):
     "Student, teacher and a queue of earlier keys"
@@ -66,7 +67,8 @@ class MoCo(TeacherStudent):
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
         if n_images<20_000: return AttrDict(merge(d, dict(out_dim=64, hidden_dim=256, queue=max(1,n_images//2))))
-        return AttrDict(merge(d, dict(out_dim=128, hidden_dim=2048, queue=min(65536,n_images//2), tmom_start=.999, wd=(.05,.05))))
+        return AttrDict(merge(d, dict(out_dim=128, hidden_dim=2048, queue=min(65536,n_images//2),
+                                      tmom_start=.999, wd=(.05,.05))))
 
     def targets(self, batch):
         res = super().targets(batch)

@@ -70,7 +70,7 @@ class IBOT(Part):
         weight:float=1., # Weight of the term
         mask_p:float=0.5, # Fraction of the global crops to mask
         mask_ratio:tuple=(0.1,0.5), # Minimum and maximum fraction of patches to mask in a crop
-        head:int|nn.Module|None=None, # Separate head for patches: number of prototypes, or a module. Default: the head of the images
+        head:int|nn.Module|None=None, # Separate head for patches: number of prototypes or module; default: the images'
         min_patches:int=4, # Minimum size of a block in patches
         aspect:float=0.3 # Minimum height/width of a block; the maximum is 1/`aspect`
     ):

@@ -26,7 +26,8 @@ def create_simdino_model(
 )->TeacherStudentModel: # Student and teacher with identical weights
     "Create a student and a teacher, each an encoder with a projector"
     enc,nf,stats = backbone_for(arch, drop_path_rate=drop_path_rate, **kwargs)
-    return TeacherStudentModel(nn.Sequential(enc, mlp([nf,hidden_dim,hidden_dim,out_dim], use_bn, nn.GELU)), stats=stats)
+    projector = mlp([nf,hidden_dim,hidden_dim,out_dim], use_bn, nn.GELU)
+    return TeacherStudentModel(nn.Sequential(enc, projector), stats=stats)
 
 class SimDINO(TeacherStudent):
     "DINO with a coding rate (Wu et al. 2025)"
@@ -47,12 +48,13 @@ class SimDINO(TeacherStudent):
         size = dict(out_dim=64, hidden_dim=256) if n_images<20_000 else dict(out_dim=256, hidden_dim=2048)
         return AttrDict(merge(dino_defaults(n_images, bs*n_acc, epochs, n_params), size))
 
-    def objective(self, batch): return simdino_loss(batch.out, batch.teacher_out, self.eps, self.weight, self.large_crop_ids, joint_rows)
+    def objective(self, batch):
+        return simdino_loss(batch.out, batch.teacher_out, self.eps, self.weight, self.large_crop_ids, joint_rows)
 
 @delegates(method_learner, keep=True)
 def simdino_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`
-    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of `create_simdino_model`
+    arch:str|nn.Module, # timm model name, module from images to features, or result of `create_simdino_model`
     aug_pipelines:list|None=None, # One callable per crop; default: `get_dino_aug_pipelines`
     **kwargs
 )->Learner: # With `learn.simdino` and monitors

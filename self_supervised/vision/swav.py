@@ -60,8 +60,10 @@ def create_swav_model(
 )->SwAVModel:
     "Create an encoder with a projector and prototypes"
     enc,nf,stats = backbone_for(arch, **kwargs)
-    head = DINOHead(nf, out_dim, use_bn=True, nlayers=2, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, act=nn.ReLU)
-    return SwAVModel(nn.Sequential(enc, head), [Queue(queue, bottleneck_dim) for _ in range(n_large)] if queue else [], stats=stats)
+    head = DINOHead(nf, out_dim, use_bn=True, nlayers=2, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim,
+                    act=nn.ReLU)
+    queues = [Queue(queue, bottleneck_dim) for _ in range(n_large)] if queue else []
+    return SwAVModel(nn.Sequential(enc, head), queues, stats=stats)
 
 class SwAV(MultiView):
     "Swapping assignments between crops (Caron et al. 2020)"
@@ -83,7 +85,7 @@ class SwAV(MultiView):
     @staticmethod
     def defaults(n_images, bs, epochs, n_params=None, n_acc=1):
         d = dino_defaults(n_images, bs*n_acc, epochs, n_params)
-        # With temp=0.05 the loss stayed at ln K on a thousand images; 0.025 learned with every learning rate that was tried.
+        # with temp=0.05 the loss stayed at ln K on a thousand images; 0.025 learned with every learning rate tried
         temp,queue_from = .025 if n_images<100_000 else .05,min(15, round(.15*epochs))
         d = merge(d, dict(bottleneck_dim=128, hidden_dim=2048, temp=temp, queue_from=queue_from))
         if n_images<5_000:  return AttrDict(merge(d, dict(out_dim=64, bottleneck_dim=64, hidden_dim=256, queue=0)))
