@@ -6,11 +6,11 @@
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'Unreadable', 'opener', 'JpegFile', 'read_jpeg', 'read_image', 'open_image',
            'try_images', 'image_tensor', 'SquareCrop', 'to_unit', 'check_unit', 'image_batch', 'NoImages', 'image_dls',
            'n_images', 'Paths', 'copied_ahead', 'quiet_pillow', 'InputDL', 'stop_workers', 'ImageFiles', 'FilesDL',
-           'as_picture', 'list_bad_files', 'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls', 'as_in_validation',
-           'JpegBatch', 'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL', 'takes_any_file', 'unlabelled_dls',
-           'list_images', 'find_images', 'channel_stats', 'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset',
-           'shapes_dls', 'stratified_split', 'ToUnit', 'MiddleCrop', 'class_files', 'labelled_dls', 'MissingExtra',
-           'need_extra']
+           'as_picture', 'list_bad_files', 'ReadableDL', 'read_idxs', 'CachedImages', 'CachedDL', 'cached_dls',
+           'as_in_validation', 'JpegBatch', 'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL',
+           'takes_any_file', 'unlabelled_dls', 'list_images', 'find_images', 'channel_stats', 'DigitsDataset',
+           'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'stratified_split', 'ToUnit', 'MiddleCrop',
+           'class_files', 'labelled_dls', 'MissingExtra', 'need_extra']
 
 # %% ../nbs/api/00_data.ipynb #f29f58b2
 from fastai.vision.all import *
@@ -403,7 +403,7 @@ class Paths(Sequence):
 
     def __repr__(self): return f"(#{len(self)}) [{', '.join(map(repr, self[:10]))}{', ...' if len(self)>10 else ''}]"
 
-# %% ../nbs/api/00_data.ipynb #5bf6a60e
+# %% ../nbs/api/00_data.ipynb #6f87ac40
 @functools.cache
 def _side_stream(device): return torch.cuda.Stream(device)       # one, because the allocator keeps memory for each stream
 
@@ -581,9 +581,10 @@ def as_picture(
     "Convert images to one or three channels for plotting: other numbers of channels are averaged"
     return x if isinstance(x, Image.Image) or x.shape[-3] in (1,3) else to_unit(x).mean(-3, keepdim=True)
 
-# %% ../nbs/api/00_data.ipynb #b3c0fad3
+# %% ../nbs/api/00_data.ipynb #4a46e38f
 _readable,_unresolved = -1,-2                                    # values of `dataset.replacement` that are not indices
 _max_tried = 100    # more in succession: files or an open_fn of the wrong kind
+_max_named = 10     # more are counted, and listed in bad_files.jsonl
 
 def _stride(n):
     "Return a step that is coprime to `n`, so that it visits every file"
@@ -609,7 +610,8 @@ def list_bad_files(
         warnings.warn(f"could not write {file} ({type(e).__name__}: {e}): only the warnings name the unreadable files")
 
 class ReadableDL(FilesDL):
-    "A loader that replaces each unreadable file by another image, and names it in one warning"
+    "A loader that replaces each unreadable file by another image, or leaves it out, and names it in one warning"
+    leaves_out = False                                           # replaced: all batches of an epoch have one size
     def __init__(self, dataset, *args, **kwargs):
         super().__init__(dataset, *args, **kwargs)
         if hasattr(dataset, 'replacement'): return
@@ -656,26 +658,50 @@ class ReadableDL(FilesDL):
             error = "it can be read again"
             try: ds[i]
             except Exception as e: error = f"{type(e).__name__}: {e}"
-            done = f"replaced by {_shown(ds.items[j])}" if j>=0 else "no replacement was found"
+            done = "no replacement was found" if j<0 else "left out" if self.leaves_out else f"replaced by {_shown(ds.items[j])}"
             rows.append(dict(path=str(fn), error=error, done=done))
-            warnings.warn(f"could not read {_shown(fn)} ({error}): {done}")
+            if len(ds.reported)<=_max_named: warnings.warn(f"could not read {_shown(fn)} ({error}): {done}")
         if rows and ds.bad_files: list_bad_files(ds.bad_files, rows)
 
+    def _count_bad(self, before):
+        "Warn once about all files beyond the first `_max_named` that could not be read since the reports were `before`"
+        ds,n = self.dataset,len(self.dataset.reported)
+        if n<=max(before, _max_named): return
+        what  = 'left out' if self.leaves_out else 'replaced'
+        names = f"{ds.bad_files} lists them" if ds.bad_files else ', '.join(sorted(map(_shown, ds.reported))[:100])
+        warnings.warn(f"could not read {n} of {len(ds)} files ({n/len(ds):.0%}), which are {what}: {names}")
+
     def __iter__(self):
+        before = len(self.dataset.reported)
         try:
-            for b in super().__iter__():
+            for k,b in enumerate(super().__iter__()):
                 self.report_bad()
-                yield b
+                if self.leaves_out: b = self._read_rows(b, k*self.bs)
+                if b is not None: yield b
+            self._count_bad(before)
         except Exception as e:
             self.report_bad(found=False)
             traceback.clear_frames(e.__traceback__)    # otherwise the workers live until the next garbage collection
             raise
+
+    def _read_rows(self, b, start):
+        "Return the rows of a batch that are not replacements; None if there are none"
+        ok = self.dataset.replacement[torch.as_tensor(self._DataLoader__idxs[start:start+self.bs])]==_readable
+        if ok.all(): return b
+        return tuple(o[ok.to(o.device)] for o in b) if ok.any() else None
 
     def after_iter(self): self.report_bad()    # in distributed training another loader iterates, and calls this
     def one_batch(self):
         b = super().one_batch()
         self.report_bad()
         return b
+
+def read_idxs(
+    dl:DataLoader # A loader of `plain_dl` that was iterated
+)->Tensor: # Indices in the data set, (n,)
+    "Return which images a loader gave, in its order: all, without the unreadable files that it left out"
+    idxs = torch.as_tensor(list(dl.get_idxs()))
+    return idxs[dl.dataset.replacement[idxs]==_readable] if getattr(dl, 'leaves_out', False) else idxs
 
 # %% ../nbs/api/00_data.ipynb #78127fad
 class CachedImages:

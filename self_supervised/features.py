@@ -141,7 +141,7 @@ def encode(
     parts = list(feats) + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)
 
-# %% ../nbs/api/06_features.ipynb #b5597105
+# %% ../nbs/api/06_features.ipynb #7305ac5d
 def whole_dl(
     dl # DataLoader, possibly wrapped by fastai for distributed training
 ): # DataLoader of all images
@@ -151,10 +151,11 @@ def whole_dl(
 def plain_dl(
     dl # DataLoader
 ): # DataLoader of all images in the order of the data set, with the transforms of validation
-    "Prepare a fastai DataLoader for evaluation; any other is returned unchanged"
+    "Prepare a fastai DataLoader for evaluation: unreadable files are left out; any other is returned unchanged"
     dl = whole_dl(dl)
     if not isinstance(dl, DataLoader): return dl                 # fastai's class
     dl = dl.new(shuffle=False, drop_last=False)
+    if isinstance(dl, ReadableDL): dl.leaves_out = True          # a replacement would count twice
     return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
 # %% ../nbs/api/06_features.ipynb #a3682815
