@@ -18,7 +18,7 @@ from .plain import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/api/07_checkpoints.ipynb #bfb13176
+# %% ../nbs/api/07_checkpoints.ipynb #b0b9c64f
 def _umask():
     mask = os.umask(0)
     os.umask(mask)
@@ -194,7 +194,7 @@ def load_encoder(
     state,meta = (_from_safetensors if Path(file).suffix=='.safetensors' else _from_run)(file, who)
     return _fill(_build(meta, file) if encoder is None else encoder, state, meta, file)
 
-# %% ../nbs/api/07_checkpoints.ipynb #27f3da7c
+# %% ../nbs/api/07_checkpoints.ipynb #8807e3dc
 def open_encoder(
     src:str|Path, # File of `export_encoder`, checkpoint, run directory, timm model name, or 'pixels'
     pretrained:bool=False, # Load the pretrained weights of a timm model
@@ -218,7 +218,7 @@ def open_encoder(
                          "leave pretrained out for randomly initialised weights")
     return create_encoder(str(src), pretrained=pretrained, n_in=n_in).eval()
 
-# %% ../nbs/api/07_checkpoints.ipynb #a6988267
+# %% ../nbs/api/07_checkpoints.ipynb #0b8c2c1b
 def random_state(
     dls=None # DataLoaders whose random state is included
 )->dict: # Plain Python values and tensors

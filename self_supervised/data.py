@@ -6,11 +6,11 @@
 __all__ = ['open_rgb', 'open_gray', 'open_stored', 'Unreadable', 'opener', 'JpegFile', 'read_jpeg', 'read_image', 'open_image',
            'try_images', 'image_tensor', 'SquareCrop', 'to_unit', 'check_unit', 'image_batch', 'NoImages', 'image_dls',
            'n_images', 'Paths', 'copied_ahead', 'quiet_pillow', 'InputDL', 'stop_workers', 'ImageFiles', 'FilesDL',
-           'as_picture', 'list_bad_files', 'ReadableDL', 'CachedImages', 'CachedDL', 'cached_dls', 'as_in_validation',
-           'JpegBatch', 'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL', 'takes_any_file', 'unlabelled_dls',
-           'list_images', 'find_images', 'channel_stats', 'DigitsDataset', 'digits_dls', 'digits_path', 'ShapesDataset',
-           'shapes_dls', 'stratified_split', 'ToUnit', 'MiddleCrop', 'class_files', 'labelled_dls', 'MissingExtra',
-           'need_extra']
+           'as_picture', 'list_bad_files', 'ReadableDL', 'read_idxs', 'CachedImages', 'CachedDL', 'cached_dls',
+           'as_in_validation', 'JpegBatch', 'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL',
+           'takes_any_file', 'unlabelled_dls', 'list_images', 'find_images', 'channel_stats', 'DigitsDataset',
+           'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'stratified_split', 'ToUnit', 'MiddleCrop',
+           'class_files', 'labelled_dls', 'MissingExtra', 'need_extra']
 
 # %% ../nbs/api/00_data.ipynb #f29f58b2
 from fastai.vision.all import *
@@ -25,7 +25,7 @@ from fastai.data.load import _MultiProcessingDataLoaderIter, _SingleProcessDataL
 from torch.utils.data import get_worker_info
 import gc, io, json, numbers, stat, traceback
 
-# %% ../nbs/api/00_data.ipynb #a24be706
+# %% ../nbs/api/00_data.ipynb #95a55c15
 _no_images = {'EPS','MPEG','BUFR','GRIB','HDF5','WMF'}    # run by Ghostscript, films, and formats without a reader
 
 def _formats():                                                  # not cached: a plugin may be registered at any time
@@ -116,7 +116,7 @@ def opener(
         raise ValueError(f"{n_in} channels: files are opened in colour (3) or in grey (1); for others {instead}")
     return open_rgb if n_in==3 else open_gray
 
-# %% ../nbs/api/00_data.ipynb #1fabfa66
+# %% ../nbs/api/00_data.ipynb #4a1cb229
 class JpegFile:
     "A JPEG file that is not decoded"
     def __init__(self,
@@ -140,7 +140,7 @@ def read_jpeg(
         if too_large or im.mode not in ('L','RGB'): return open_rgb(fn, size)
         return JpegFile(torch.from_numpy(data), str(fn), im.getexif().get(0x0112, 1))
 
-# %% ../nbs/api/00_data.ipynb #6cc93132
+# %% ../nbs/api/00_data.ipynb #90c3b509
 _tops = {torch.uint8: 255, torch.uint16: 65535, torch.bool: 1}
 
 def _to_image(
@@ -271,7 +271,7 @@ def check_unit(
                          f"expected uint8, uint16, bool or floats in [0,1]: {advice}{also}")
     return x
 
-# %% ../nbs/api/00_data.ipynb #932b9eb3
+# %% ../nbs/api/00_data.ipynb #65d1eecf
 _image_keys,_label_keys = ('image','img','pixel_values','x'),('label','labels','y','target')
 
 def _is_images(o): return isinstance(o, Tensor) and o.ndim==4
@@ -302,7 +302,7 @@ def image_batch(
                      f"with one, or a dict with one of the keys {', '.join(_image_keys)} "
                      f"(and one of {', '.join(_label_keys)} for labels)")
 
-# %% ../nbs/api/00_data.ipynb #e3a3e2ba
+# %% ../nbs/api/00_data.ipynb #3ff77450
 class NoImages(list):
     "An empty data set"
     n_inp = 1
@@ -364,7 +364,7 @@ def n_images(
         raise ValueError(f"{kind} has no length, which the training schedules need: "
                          "give the data set a __len__ that returns the number of its images") from None
 
-# %% ../nbs/api/00_data.ipynb #4a857d99
+# %% ../nbs/api/00_data.ipynb #d4ab690a
 class Paths(Sequence):
     "A list of paths, stored as one array of bytes"
     def __init__(self,
@@ -410,7 +410,7 @@ class Paths(Sequence):
 
     def __repr__(self): return f"(#{len(self)}) [{', '.join(map(repr, self[:10]))}{', ...' if len(self)>10 else ''}]"
 
-# %% ../nbs/api/00_data.ipynb #5bf6a60e
+# %% ../nbs/api/00_data.ipynb #6a0a0f20
 @functools.cache
 def _side_stream(device): return torch.cuda.Stream(device)   # one, because the allocator keeps memory for each stream
 
@@ -591,9 +591,10 @@ def as_picture(
     "Convert images to one or three channels for plotting: other numbers of channels are averaged"
     return x if isinstance(x, Image.Image) or x.shape[-3] in (1,3) else to_unit(x).mean(-3, keepdim=True)
 
-# %% ../nbs/api/00_data.ipynb #b3c0fad3
+# %% ../nbs/api/00_data.ipynb #4a46e38f
 _readable,_unresolved = -1,-2                                    # values of `dataset.replacement` that are not indices
 _max_tried = 100    # more in succession: files or an open_fn of the wrong kind
+_max_named = 10     # more are counted, and listed in bad_files.jsonl
 
 def _stride(n):
     "Return a step that is coprime to `n`, so that it visits every file"
@@ -619,7 +620,8 @@ def list_bad_files(
         warnings.warn(f"could not write {file} ({type(e).__name__}: {e}): only the warnings name the unreadable files")
 
 class ReadableDL(FilesDL):
-    "A loader that replaces each unreadable file by another image, and names it in one warning"
+    "A loader that replaces each unreadable file by another image, or leaves it out, and names it in one warning"
+    leaves_out = False                                           # replaced: all batches of an epoch have one size
     def __init__(self, dataset, *args, **kwargs):
         super().__init__(dataset, *args, **kwargs)
         if hasattr(dataset, 'replacement'): return
@@ -666,20 +668,37 @@ class ReadableDL(FilesDL):
             error = "it can be read again"
             try: ds[i]
             except Exception as e: error = f"{type(e).__name__}: {e}"
-            done = f"replaced by {_shown(ds.items[j])}" if j>=0 else "no replacement was found"
+            done = "no replacement was found" if j<0 else "left out" if self.leaves_out else f"replaced by {_shown(ds.items[j])}"
             rows.append(dict(path=str(fn), error=error, done=done))
-            warnings.warn(f"could not read {_shown(fn)} ({error}): {done}")
+            if len(ds.reported)<=_max_named: warnings.warn(f"could not read {_shown(fn)} ({error}): {done}")
         if rows and ds.bad_files: list_bad_files(ds.bad_files, rows)
 
+    def _count_bad(self, before):
+        "Warn once about all files beyond the first `_max_named` that could not be read since the reports were `before`"
+        ds,n = self.dataset,len(self.dataset.reported)
+        if n<=max(before, _max_named): return
+        what  = 'left out' if self.leaves_out else 'replaced'
+        names = f"{ds.bad_files} lists them" if ds.bad_files else ', '.join(sorted(map(_shown, ds.reported))[:100])
+        warnings.warn(f"could not read {n} of {len(ds)} files ({n/len(ds):.0%}), which are {what}: {names}")
+
     def __iter__(self):
+        before = len(self.dataset.reported)
         try:
-            for b in super().__iter__():
+            for k,b in enumerate(super().__iter__()):
                 self.report_bad()
-                yield b
+                if self.leaves_out: b = self._read_rows(b, k*self.bs)
+                if b is not None: yield b
+            self._count_bad(before)
         except Exception as e:
             self.report_bad(found=False)
             traceback.clear_frames(e.__traceback__)    # otherwise the workers live until the next garbage collection
             raise
+
+    def _read_rows(self, b, start):
+        "Return the rows of a batch that are not replacements; None if there are none"
+        ok = self.dataset.replacement[torch.as_tensor(self._DataLoader__idxs[start:start+self.bs])]==_readable
+        if ok.all(): return b
+        return tuple(o[ok.to(o.device)] for o in b) if ok.any() else None
 
     def after_iter(self): self.report_bad()    # in distributed training another loader iterates, and calls this
     def one_batch(self):
@@ -687,7 +706,14 @@ class ReadableDL(FilesDL):
         self.report_bad()
         return b
 
-# %% ../nbs/api/00_data.ipynb #78127fad
+def read_idxs(
+    dl:DataLoader # A loader of `plain_dl` that was iterated
+)->Tensor: # Indices in the data set, (n,)
+    "Return which images a loader gave, in its order: all, without the unreadable files that it left out"
+    idxs = torch.as_tensor(list(dl.get_idxs()))
+    return idxs[dl.dataset.replacement[idxs]==_readable] if getattr(dl, 'leaves_out', False) else idxs
+
+# %% ../nbs/api/00_data.ipynb #0a342b94
 class CachedImages:
     "Images in memory, as a data set"
     n_inp = 1
@@ -760,7 +786,7 @@ def as_in_validation(
 def _use_valid_tfms(dl):
     for nm in ('after_item','before_batch','after_batch'): getattr(dl, nm).split_idx = 1
 
-# %% ../nbs/api/00_data.ipynb #e43a43fe
+# %% ../nbs/api/00_data.ipynb #9f96a1db
 class JpegBatch:
     "Images of a batch of which some are not decoded yet"
     def __init__(self,
@@ -841,7 +867,7 @@ class JpegDL(ReadableDL):
     def create_batch(self, b): return (JpegBatch([o for o, in b]),)
     def retain(self, res, b): return res
 
-# %% ../nbs/api/00_data.ipynb #5126bff9
+# %% ../nbs/api/00_data.ipynb #26681dbc
 class _Open(Transform):
     "Open a file, or convert an image of any kind"
     input_types = (str,Path,bytes,np.ndarray,Tensor,Image.Image)               # read by fastai's `test_dl`
@@ -1051,7 +1077,7 @@ def digits_path(
         Image.fromarray((a*255).round().byte().numpy()).save(fn)
     return path
 
-# %% ../nbs/api/00_data.ipynb #0d9f6792
+# %% ../nbs/api/00_data.ipynb #82690851
 _shapes = dict(                                                  # of coordinates, radius and the larger coordinate
     disc     = lambda u,v,r,m: r<.9,
     ring     = lambda u,v,r,m: (r<1)&(r>.6),
@@ -1120,7 +1146,7 @@ class _ByClass:
         classes = [self.class_of(f) for f in items]
         return tuple(L(o.tolist()) for o in stratified_split(classes, self.valid_pct, self.seed))
 
-# %% ../nbs/api/00_data.ipynb #6c0460fa
+# %% ../nbs/api/00_data.ipynb #637134e7
 _parts = dict(train=('train','training'), test=('test','testing'),
               valid=('val','valid','validation','dev','eval','evaluation'))
 

@@ -18,7 +18,7 @@ from .data import *
 from .encoders import *
 from .features import *
 
-# %% ../nbs/api/09_distributed.ipynb #2472bb15
+# %% ../nbs/api/09_distributed.ipynb #35ec59c3
 def n_processes()->int: # 1 without distributed training
     "Return the number of ranks"
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -75,7 +75,7 @@ def gather_objects(
     dist.all_gather_object(outs, o)
     return outs
 
-# %% ../nbs/api/09_distributed.ipynb #97c4b431
+# %% ../nbs/api/09_distributed.ipynb #c224d322
 @delegates(extract_features, but=['file'])
 def shared_features(
     model:Learner|nn.Module, # Learner, model or encoder: see `extract_features`
@@ -85,9 +85,9 @@ def shared_features(
     "Extract the features of all images, a fraction of them on each rank"
     if n_processes()==1 or not isinstance(dl, DataLoader): return extract_features(model, dl, **kwargs)
     dl  = plain_dl(dl)
-    n,w = len(dl.get_idxs()),n_processes()                       # in the order of the data set
+    n,w = len(dl.get_idxs()),n_processes()
     if n<w: return extract_features(model, dl, **kwargs)
-    idxs = list(range(n))[dist.get_rank()::w]
+    idxs = list(dl.get_idxs())[dist.get_rank()::w]
     dl.get_idxs = partial(noop, idxs)
     try: (f,y),failed = extract_features(model, dl, **kwargs),None
     except Exception as e: failed = e
@@ -98,7 +98,7 @@ def shared_features(
         e = failed or RuntimeError(f"features could not be computed on rank {rank} ({errors[rank]})")
         e.in_all_processes = True                                # all ranks handle it in the same way
         raise e
-    order = torch.cat([torch.arange(n)[r::w] for r in range(w)]).argsort()
+    order = gather_rows(read_idxs(dl).to(_device())).cpu().argsort()    # that of the data set
     back  = lambda t: t if t is None else gather_rows(t.to(_device())).cpu()[order]
     return back(f),back(y)
 
@@ -106,7 +106,7 @@ def _device():
     "Return the device of collective operations"
     return torch.device('cpu') if dist.get_backend()=='gloo' else default_device()
 
-# %% ../nbs/api/09_distributed.ipynb #f0c2232a
+# %% ../nbs/api/09_distributed.ipynb #fecb8dfc
 def joint_len(
     n:int, # Number of images
     bs:int, # Batch size per rank

@@ -19,7 +19,7 @@ import timm
 from timm.models import register_model
 from .plain import *
 
-# %% ../nbs/api/02_encoders.ipynb #69ae1229
+# %% ../nbs/api/02_encoders.ipynb #1b630756
 def create_encoder(
     arch:str|nn.Module, # timm model name, or a module that maps images to (bs, n_features)
     pretrained:bool=False, # Load timm's pretrained weights
@@ -59,7 +59,7 @@ def _similar(arch):
     names = L(o for p in ('','*') for o in timm.list_models(f'{p}{arch[:6]}*')).unique()[:5]
     return ', '.join(names or ['vit_small_patch16_224','resnet50','convnext_tiny'])
 
-# %% ../nbs/api/02_encoders.ipynb #aea04073
+# %% ../nbs/api/02_encoders.ipynb #f5f30668
 _stem_modules = ('timm.models.resnet','timm.models.resnetv2','timm.models.regnet','timm.models.convnext')
 _vit_modules  = ('timm.models.vision_transformer','timm.models.deit')
 
@@ -318,7 +318,7 @@ def check_input(
 
 says_what_fits = check_input                                     # old name, for one version
 
-# %% ../nbs/api/02_encoders.ipynb #5f3cc82e
+# %% ../nbs/api/02_encoders.ipynb #783df69d
 def native_size(
     encoder:nn.Module # Encoder
 )->int: # Image size in pixels
@@ -353,7 +353,7 @@ def check_sizes(
                          "sizes must be multiples of the patch size") from e
     return out.shape[1]
 
-# %% ../nbs/api/02_encoders.ipynb #4b0de5ee
+# %% ../nbs/api/02_encoders.ipynb #8720b5c6
 def encoder_of(
     x:Learner|nn.Module, # Learner, `DINOModel`, `nn.Sequential(MultiCropWrapper(enc), head)`, `MultiCropWrapper` or encoder
     who:str='teacher' # Network to use, if there are two: 'teacher' or 'student'

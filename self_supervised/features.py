@@ -13,7 +13,7 @@ from fastprogress.fastprogress import progress_bar
 from .data import *
 from .encoders import *
 
-# %% ../nbs/api/06_features.ipynb #54186e68
+# %% ../nbs/api/06_features.ipynb #cf4d8219
 def _flat(x):
     "A tensor with one number per channel, (C,) or (1,C,1,1), as (C,); None for anything else"
     return x.flatten() if isinstance(x, Tensor) and x.numel()==max(x.shape, default=0) else None
@@ -106,7 +106,7 @@ def model_norm(
     "Create the function that normalises images for a model"
     return _Renorm(tuple(map(torch.as_tensor, stats)) if stats else norm_stats(model), dl_normalize(dl), bool(stats))
 
-# %% ../nbs/api/06_features.ipynb #629cfa80
+# %% ../nbs/api/06_features.ipynb #0d03f311
 def encode(
     encoder:nn.Module, # Module that maps images to (bs, n_features)
     x:Tensor, # Images (bs,C,H,W), normalised
@@ -141,7 +141,7 @@ def encode(
     parts = list(feats) + ([patches.mean((1,2))] if avgpool else [])
     return torch.stack(parts, -1).flatten(1) if interleave else torch.cat(parts, -1)
 
-# %% ../nbs/api/06_features.ipynb #b5597105
+# %% ../nbs/api/06_features.ipynb #7305ac5d
 def whole_dl(
     dl # DataLoader, possibly wrapped by fastai for distributed training
 ): # DataLoader of all images
@@ -151,10 +151,11 @@ def whole_dl(
 def plain_dl(
     dl # DataLoader
 ): # DataLoader of all images in the order of the data set, with the transforms of validation
-    "Prepare a fastai DataLoader for evaluation; any other is returned unchanged"
+    "Prepare a fastai DataLoader for evaluation: unreadable files are left out; any other is returned unchanged"
     dl = whole_dl(dl)
     if not isinstance(dl, DataLoader): return dl                 # fastai's class
     dl = dl.new(shuffle=False, drop_last=False)
+    if isinstance(dl, ReadableDL): dl.leaves_out = True          # a replacement would count twice
     return as_in_validation(dl) if isinstance(dl, TfmdDL) else dl
 
 # %% ../nbs/api/06_features.ipynb #a3682815

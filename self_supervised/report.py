@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_figure', 'run_pictures', 'run_table', 'RunData', 'load_run', 'Verdict', 'diagnose', 'write_report']
 
-# %% ../nbs/api/45_report.ipynb #5660956f
+# %% ../nbs/api/45_report.ipynb #7ff6a03b
 from fastai.vision.all import *
 from dataclasses import dataclass,field
 from matplotlib.ticker import MaxNLocator
@@ -22,7 +22,7 @@ from .monitors import *
 from .runs import *
 from .plots import *
 
-# %% ../nbs/api/45_report.ipynb #d436d693
+# %% ../nbs/api/45_report.ipynb #ce9c380b
 def save_figure(
     axs:np.ndarray, # Axes of one figure
     file:str|Path # PNG file to write
@@ -266,7 +266,7 @@ def load_run(
     _read_bad_files(run)
     return run
 
-# %% ../nbs/api/45_report.ipynb #704a396a
+# %% ../nbs/api/45_report.ipynb #c7ed9afc
 @dataclass
 class Verdict:
     "Diagnosis of a run"
@@ -352,7 +352,7 @@ def diagnose(
     if warning: details.append(f"CollapseMonitor warned after epoch {warning['epoch']+1}.")
     return Verdict(level, headline, details+_accuracy(run))
 
-# %% ../nbs/api/45_report.ipynb #f773be31
+# %% ../nbs/api/45_report.ipynb #51d93076
 def _duration(seconds):
     "Format a duration as '42 s', '3 min 5 s' or '2 h 10 min'"
     minutes,s = divmod(round(seconds), 60)
@@ -515,7 +515,7 @@ def _view(run, curves):
         given=given, chosen=used, rest=rest, command=run.last.get('command'), usage=usage,
         machine=_machine(run), sessions=_sessions_table(run), remarks=list(dict.fromkeys(run.problems)))
 
-# %% ../nbs/api/45_report.ipynb #0edcdcb3
+# %% ../nbs/api/45_report.ipynb #9f4f709a
 _ink = dict(light=('#1c2330','#c9cfd8'), dark=('#e5e9f0','#4a5262'))           # text and lines
 def _style(scheme, n_epochs):
     ink,line = _ink[scheme]
@@ -602,7 +602,7 @@ def _comparison_curves(runs):
             yield _epoch_axis(ax, n_epochs),f"{_titles.get(c, c)}: {'; '.join(alt)}"
     return _light_and_dark(draw, n_epochs)
 
-# %% ../nbs/api/45_report.ipynb #16ef19c4
+# %% ../nbs/api/45_report.ipynb #3ab0c4e8
 def _differences(runs, views):
     "Table of the settings, values, hardware and versions in which runs differ"
     def values(r, view):

@@ -17,7 +17,7 @@ tiny  = dict(
     step=dict(vit, **views, bs=2, out_dim=16, hidden_dim=8, product=32, steps=2, variants='tf32'),
     parts=dict(vit, **views, bs=2, side=24, out_dim=16, hidden_dim=8), features=dict(vit, n_images=5, bs=2, size=16),
     compiling=dict(vit, **views, bs=2, out_dim=16, backend='eager', only='loss'),
-    epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0),
+    epoch=dict(vit, **views, n_images=4, bs=2, side=24, out_dim=64, num_workers=0), opening=dict(vit, **views, n_images=4, bs=2, side=24),
     scaling=dict(vit, size=16, small=8, batches='2', crops='0,1', out_dims='16', images='4', bs=2, n_small=1, out_dim=16, hidden_dim=8, file_sizes='16,8'))
 
 def numbers(rows):
@@ -31,7 +31,7 @@ def test_all_are_found(): assert {*tiny,'files','memory','importing'}<=set(found
 @pytest.mark.parametrize('name', tiny)
 def test_runs(name):
     rows = importlib.import_module(f'benchmarks.{name}').rows(rounds=2, **tiny[name])
-    other = {'views':'torchvision v2, all cores', 'parts':'ours, views', 'compiling':'ours, compiled'}.get(name, 'plain')
+    other = {'views':'torchvision v2, all cores', 'parts':'ours, views', 'compiling':'ours, compiled', 'opening':'prepared'}.get(name, 'plain')
     assert {'ours',other}<={r['who'] for r in rows}
     for k,v in numbers(rows): assert np.isfinite(v) and (v>0 or k=='differs'), (k,v)
     for r in race.markdown(rows).splitlines(): test_eq(r.count('|'), race.markdown(rows).splitlines()[0].count('|'))
@@ -237,3 +237,10 @@ def test_peers_that_are_not_installed_are_said(monkeypatch, capsys):
     peers.dali.cache_clear()
     assert peers.dali() is None and 'Without DALI' in capsys.readouterr().err
     peers.dali.cache_clear()
+
+def test_opening_reads_a_folder_of_the_user(tmp_path):
+    from benchmarks import epoch, opening
+    epoch.write_images(tmp_path, 5, 24)
+    rs = opening.rows(str(tmp_path), 4, size=16, small=8, n_small=1, arch='vit_mini_patch4_16', bs=2, rounds=1)
+    assert [r['who'] for r in rs]==['ours','decoded in full','prepared','cached','ours','prepared','cached']
+    with pytest.raises(ValueError, match='has 5 images: pass --n-images 5'): opening.rows(str(tmp_path), 9)

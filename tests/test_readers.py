@@ -96,23 +96,55 @@ def test_every_reader_takes_the_same_files_and_names_the_formats_it_does_not_tak
 
 # ---- bad files among the labelled ones
 
-def test_bad_labelled_files_are_replaced_and_named_once(tmp_path):
+def test_bad_labelled_files_are_replaced_in_training_left_out_of_evaluation_and_named_once(tmp_path):
     d = class_folder(tmp_path, 4)
     bad = [d/'train'/'a'/'0.png',d/'train'/'b'/'2.png',d/'test'/'b'/'1.png']           # among them the very first file
     for f in bad: f.write_bytes(b'\x89PNG')
-    label = {1.: 'a', 2.: 'b'}
     for n in (0,2):
         dls = labelled_dls(d, 16, 4, num_workers=n, device='cpu')
-        def read(): return [torch.cat([b[1] for b in plain_dl(dl)]) for _ in range(2) for dl in dls]
+        def read(): return [torch.cat([b[1] for b in dl]) for _ in range(2) for dl in (plain_dl(dls[0]),plain_dl(dls[1]),dls[0].new(shuffle=False, drop_last=False))]
         ys,messages = said(read)
-        assert [len(o) for o in ys]==[8,8]*2
+        assert [len(o) for o in ys]==[6,7,8]*2
         assert sorted(o.split(' (')[0] for o in messages if 'could not' in o)==sorted(f'could not read {f}' for f in bad)
+        assert all(o.endswith('): left out') for o in messages if 'could not' in o)
+        for dl,y in zip(dls, ys):
+            idxs = read_idxs(plain_dl(dl)).tolist()
+            assert set(dl.dataset.items[i] for i in idxs).isdisjoint(bad) and [dls.vocab.o2i[dl.dataset.items[i].parent.name] for i in idxs]==y.tolist()
     ds = dls.train_ds
     for i,j in enumerate(ds.replacement.tolist()):                   # the label is that of the image that is shown
         if j<0: continue
-        assert ds.items[i] in bad and ys[0][i]==dls.vocab.o2i[ds.items[j].parent.name]
+        assert ds.items[i] in bad and ys[2][i]==dls.vocab.o2i[ds.items[j].parent.name]
     for f in (d/'test').rglob('*.png'): f.write_bytes(b'')
     with pytest.raises(ValueError, match='8 of 8 files were tried and cannot be read'): said(lambda: list(labelled_dls(d, 16, 4, num_workers=0).valid))
+
+def test_figures_are_those_of_the_folder_without_its_bad_files(tmp_path):
+    d,enc = class_folder(tmp_path/'d', 12),create_encoder('convnet_mini')
+    bad = [d/'train'/'a'/f'{i}.png' for i in range(5)] + [d/'test'/'b'/f'{i}.png' for i in (0,3,4,5,6,7,8)]      # the last ones fill a batch
+    shutil.copytree(d, tmp_path/'clean')
+    for f in bad:
+        f.write_bytes(f.read_bytes()[:40])
+        (tmp_path/'clean'/f.relative_to(d)).unlink()
+    group = lambda f: Path(f).stem
+    for n in (0,2):
+        dls,clean = (labelled_dls(o, 16, 4, num_workers=n, device='cpu') for o in (d,tmp_path/'clean'))
+        for kw in ({},dict(groups=group)):
+            got,messages = said(lambda: split_features(enc, dls, **kw))
+            for a,b in zip(got, split_features(enc, clean, **kw)): assert torch.allclose(a, b, atol=1e-5)        # the batches differ, and so does the rounding
+        assert len(got[1])+len(got[3])==48-len(bad)
+    listed = split_features(enc, dls, groups=[group(f) for dl in dls for f in dl.dataset.items])
+    assert all(torch.equal(a, b) for a,b in zip(listed, got))
+    with pytest.raises(ValueError, match='one group per image'): split_features(enc, dls, groups=[1]*9)
+    t,c = (linear_probe(enc, o, lrs=(.1,), epochs=2, augment=View(16, 1., 1., ratio=(1,1), flip_p=0, jitter_p=0., saturation=0., hue=0., gray_p=0., blur_p=0.))[0] for o in (dls,clean))
+    assert t.equals(c)
+
+def test_many_bad_files_are_ten_warnings_and_a_count(tmp_path):
+    for i in range(40): png(tmp_path/'d'/f'{i:02d}.png', i)
+    for i in range(15): (tmp_path/'d'/f'{i:02d}.png').write_bytes(b'text')
+    dls = unlabelled_dls(tmp_path/'d', 16, 4, num_workers=0, path=tmp_path)
+    _,messages = said(lambda: [list(dls.train) for _ in range(2)])
+    named = [o for o in messages if o.startswith('could not read /')]
+    assert len(named)==10 and [o for o in messages if 'could not read 15 of 40 files (38%)' in o and 'bad_files.jsonl lists them' in o]
+    assert len(messages)==11 and len(bad_rows(tmp_path))==15
 
 def test_dino_train_looks_at_labelled_files_before_it_trains(tmp_path, capfd):
     lab,out = class_folder(tmp_path/'labels', 6),tmp_path/'run'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dino_eval', 'dino_attention']
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #35fb6750
+# %% ../../nbs/api/52_cli.evaluate.ipynb #8a50d5b4
 from .core import *
 from fastai.vision.all import *
 from typing import Annotated
@@ -29,7 +29,7 @@ from ..evaluation.segmentation import *
 from ..evaluation.unlabelled import *
 from ..plots import *
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #c4e6f9d4
+# %% ../../nbs/api/52_cli.evaluate.ipynb #4d59deb5
 def _json_file(a):
     "The file to write: in the run directory for one run, else in the current directory"
     one = len(a.encoders)==1 and Path(a.encoders[0]).is_dir()
@@ -91,6 +91,7 @@ def dino_eval(
     objects:bool=False, # Use VOC's object masks, not its class masks
     keep:float=.6, # Fraction of the attention that a mask keeps
     split:str='val', # Name of the list of images
+    year:int=None, # Year of the list of DAVIS's sequences (default: the newest that has the split)
     masks_out:str=None, # Folder to write palette masks to
     no_progress:bool=False # Hide the progress bars
 ):
@@ -123,7 +124,7 @@ dino_eval.groups = {
     'Protocols linear and finetune': 'epochs', 'Protocol finetune': 'lr', 'Protocol lowshot': 'labels draws',
     'Protocol retrieval': 'benchmark multiscale crop_queries', 'Protocol copydetection': 'distractors whiten_on',
     'Protocol segmentation': 'masks objects keep', 'Protocols video and segmentation': 'split',
-    'Protocol video': 'masks_out',
+    'Protocol video': 'year masks_out',
     'Hardware and progress': 'batch_size num_workers precision device seed no_progress', 'Output': 'out'}
 dino_eval.example   = 'dino_eval knn --encoder runs/mine pixels --data LABELLED'
 dino_eval.when_full = "lower --size, or --batch-size or --precision where the protocol has them"
@@ -133,7 +134,7 @@ def eval_main():
     "Run `dino_eval` as a console command"
     sys.exit(run_command(dino_eval))
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #a3d415ac
+# %% ../../nbs/api/52_cli.evaluate.ipynb #8004b6a2
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):
@@ -216,7 +217,7 @@ def _copydetection(enc, a):
              num_workers=a.num_workers, open_fn=a.opens, progress=a.progress).round(2)
 
 def _video(enc, a):
-    return video_accuracy(enc, a.data, a.masks_out, a.split, size=a.size, progress=a.progress).round(2)
+    return video_accuracy(enc, a.data, a.masks_out, a.split, a.year, size=a.size, progress=a.progress).round(2)
 
 def _segmentation(enc, a):
     data  = Path(a.data)
@@ -247,7 +248,7 @@ _options = {p: _common_options+o.split() for p,o in dict(                       
     finetune='open_fn batch_size epochs lr',
     retrieval='open_fn precision benchmark multiscale crop_queries',
     copydetection='open_fn precision distractors whiten_on',
-    video='split masks_out',
+    video='split year masks_out',
     segmentation='masks objects keep split',
     unlabelled='open_fn batch_size precision').items()}
 _minimum = dict(size=1, batch_size=1, num_workers=0, epochs=1, draws=1, seed=0, lr=1e-12, temperature=1e-6, n_in=1)
@@ -268,7 +269,7 @@ def _check(a, given):
         raise ValueError(f"--{o.replace('_','-')} is an option of {others}, not of {a.protocol}: leave it out")
     for o,low in _minimum.items(): check_range(o, a[o], low)
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #2439eaa0
+# %% ../../nbs/api/52_cli.evaluate.ipynb #62fa9384
 @figure_style()
 def _figure(enc, im, keep, query):
     "Figure with attention maps, masks, and patch features of one image"

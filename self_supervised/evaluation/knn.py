@@ -6,9 +6,10 @@
 __all__ = ['knn_classifier', 'mean_hits', 'top_hits', 'accuracy_of', 'uneven_classes', 'group_split', 'labelled_features',
            'split_features', 'knn_accuracy']
 
-# %% ../../nbs/api/10_evaluation.knn.ipynb #22095b4e
+# %% ../../nbs/api/10_evaluation.knn.ipynb #38240f5a
 import numbers
 from fastai.vision.all import *
+from ..data import *
 from ..encoders import *
 from ..features import *
 
@@ -87,7 +88,7 @@ def uneven_classes(
     n = y.unique(return_counts=True)[1]
     return bool(n.max()>1.5*n.min())
 
-# %% ../../nbs/api/10_evaluation.knn.ipynb #40a07063
+# %% ../../nbs/api/10_evaluation.knn.ipynb #18aa7733
 def group_split(
     y:Tensor, # Classes, (n,)
     groups:list, # The group of each image: numbers or names, (n,)
@@ -157,9 +158,17 @@ def split_features(
     (ftr,ytr),(fte,yte) = (labelled_features(model, dl, **kwargs) for dl in loaders)
     if groups is None: return (ftr,ytr,fte,yte) + ((None,) if return_groups else ())
     if callable(groups): groups = [groups(o) for dl in loaders for o in _items(dl)]
+    groups = _of_read(groups, loaders)
     f,y   = torch.cat([ftr,fte]),torch.cat([ytr,yte])
     tr,te = group_split(y, groups, seed=seed)
     return (f[tr],y[tr],f[te],y[te]) + (([groups[i] for i in tr.tolist()],) if return_groups else ())
+
+def _of_read(groups, loaders):
+    "Leave out the groups of unreadable files"
+    if not all(isinstance(dl, DataLoader) for dl in loaders): return groups
+    idxs,sizes = [read_idxs(plain_dl(dl)) for dl in loaders],[len(dl.dataset) for dl in loaders]
+    if len(groups)!=sum(sizes): return groups                    # `group_split` raises an error
+    return [groups[i] for i in torch.cat([idxs[0],idxs[1]+sizes[0]]).tolist()]
 
 def _in_order(dl):
     if not isinstance(dl, torch.utils.data.DataLoader): return True

@@ -170,7 +170,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.reset_index(drop=True), sweep.heads[res.index[0]]
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #e11764fe
+# %% ../../nbs/api/11_evaluation.linear.ipynb #27e6f051
 def probe_view(
     size:int=224, # Crop size in pixels
     n_in:int=3 # Number of image channels
@@ -206,23 +206,24 @@ def linear_probe(
     if augment is not None:
         if groups is not None:
             raise ValueError("augment with groups: split the DataLoaders by group, and pass them without groups")
-        n_aug = len(ytr) if augment_dl is None else len(augment_dl.dataset)
-        if n_aug!=len(ytr):
-            raise ValueError(f"{n_aug} images in augment_dl, {len(ytr)} in the training loader: pass the same images")
-        batches = partial(_augmented, model, ifnone(augment_dl, dls[0]), augment, bs, **kw)
+        augment_dl = ifnone(augment_dl, dls[0])
+        n,n_aug = len(dls[0].dataset),len(augment_dl.dataset)
+        if n_aug!=n: raise ValueError(f"{n_aug} images in augment_dl, {n} in the training loader: pass the same images")
+        batches = partial(_augmented, model, augment_dl, dls[0], augment, bs, **kw)
     enc = encoder_of(model, kwargs.get('who', 'teacher'))
     table,best = sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr,
                                 device_of(enc), kwargs.get('progress', False))
     table.insert(0, 'feature', image_feature(enc))
     return table,best
 
-def _augmented(model, dl, view, bs, idx, who='teacher', stats=None, precision='fp32',
+def _augmented(model, dl, train_dl, view, bs, idx, who='teacher', stats=None, precision='fp32',
                n_blocks=1, avgpool=False, **kwargs):
-    "Yield the features of new crops of the images `idx`, in their order"
-    dl = plain_dl(dl)
+    "Yield the features of new crops of the images `idx` of those that `train_dl` can read, in their order"
+    dl,train_dl = plain_dl(dl),plain_dl(train_dl)
     if not isinstance(dl, DataLoader):
         raise ValueError(f"a {type(dl).__name__}, where augment needs a fastai DataLoader: "
                          "pass fastai DataLoaders, or augment=None")
+    if isinstance(train_dl, DataLoader): idx = read_idxs(train_dl)[idx.cpu()]
     dl.bs,dl.get_idxs = bs,partial(noop, idx.tolist())
     undo = model_norm(nn.Flatten(), ([0.]*len(view.mean),[1.]*len(view.mean)), dl)         # images in [0,1]
     norm,enc = model_norm(model, stats),encoder_of(model, who)

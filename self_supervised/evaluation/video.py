@@ -16,23 +16,19 @@ from ..encoders import *
 from ..features import *
 from ..checkpoints import *
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #77b87142
-def _far(h, w, radius, device):
-    "Which positions are farther apart than `radius`, (h*w, h*w)"
-    rows,cols = ((i[:,None]-i).abs()>radius for i in (torch.arange(h, device=device),torch.arange(w, device=device)))
-    return (rows[:,None,:,None]|cols[:,None]).view(h*w, h*w)
-
-def _vote(f, context, far, k, T):
-    "Labels (h*w, n) for features `f` (h*w, d), from a list of features and labels"
-    sims,labels = [],[]
-    for g,y in context:
-        s = f@g.T
-        s,i = (s if far is None else s.masked_fill_(far, -torch.inf)).topk(min(k, len(g)))
-        sims.append(s)
-        labels.append(y[i])
-    s,i = torch.cat(sims, 1).topk(min(k, sum(o.shape[1] for o in sims)))
-    weights = (s/T).softmax(1)                                   # exp(s/T) would overflow for a small T
-    return torch.einsum('pk,pkn->pn', weights, torch.cat(labels, 1).take_along_dim(i[...,None], 1))
+# %% ../../nbs/api/16_evaluation.video.ipynb #254fe2a3
+def _vote(f, context, radius, k, T):
+    "Labels (h,w,n) for features `f` (h,w,d), from a list of features and labels; a row at a time, with the rows that it reaches"
+    g,y = (torch.stack(o, 1) for o in zip(*context))             # (h, frames, w, d) and (h, frames, w, n)
+    col = torch.arange(f.shape[1], device=f.device)
+    r,rows = max(f.shape) if radius is None else radius,[]
+    far = (col[:,None]-col).abs()>r
+    for i,row in enumerate(f):
+        near  = slice(max(0, i-r), i+r+1)
+        sims  = (row@g[near].flatten(0,2).mT).unflatten(1, (-1,len(col))).masked_fill_(far[:,None], -torch.inf).flatten(1)
+        s,top = sims.topk(min(k, sims.shape[1]))
+        rows.append(torch.einsum('pk,pkn->pn', (s/T).softmax(1), y[near].flatten(0,2)[top]))   # exp(s/T) would overflow for a small T
+    return torch.stack(rows)
 
 def propagate(
     feats, # Features of each frame: (t,h,w,d), or an iterable of (h,w,d)
@@ -43,23 +39,22 @@ def propagate(
     T:float=0.1 # Temperature of the weights
 )->Tensor: # Soft labels of each frame, (t, n_objects+1, h, w); the first is `first_mask`
     "Propagate the labels of the first frame to all others by the similarity of features (Jabri et al. 2020)"
-    maps,last,far = [],deque(maxlen=n_context),None
+    maps,last = [],deque(maxlen=n_context)
     for f in feats:
-        (h,w),f = f.shape[:2],F.normalize(f, dim=-1).flatten(0,1)
+        (h,w),f = f.shape[:2],F.normalize(f, dim=-1)
         if not maps:
             if first_mask.shape[1:]!=(h,w):
                 raise ValueError(f"a mask of {tuple(first_mask.shape)} for {h}x{w} patches: pass (n_objects+1, {h}, {w})")
-            y = first_mask.to(f).flatten(1).T
+            y = first_mask.to(f).permute(1,2,0)
             start = f,y
-            if radius is not None: far = _far(h, w, radius, f.device)
         else:
-            y = _vote(f, [start,*last], far, k, T)
+            y = _vote(f, [start,*last], radius, k, T)
             last.append((f,y))
-        maps.append(y.T.unflatten(1, (h,w)))
+        maps.append(y.permute(2,0,1))
     if not maps: raise ValueError("a video without frames: pass features of one frame or more")
     return torch.stack(maps)
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #e29de067
+# %% ../../nbs/api/16_evaluation.video.ipynb #d27eb62f
 def davis_palette(
 )->np.ndarray: # Red, green and blue of each label, uint8, (256, 3)
     "Create the colour palette of PASCAL VOC and DAVIS"
@@ -83,15 +78,16 @@ def write_mask(
     im.save(file)
 
 def read_mask(
-    file:str|Path|Image.Image # Image with a palette, or grey image whose values are labels
+    file:str|Path|Image.Image # Image with a palette, grey image whose values are labels, or black and white image
 )->Tensor: # Labels, uint8, (H,W)
-    "Read labels from an image"
+    "Read labels from an image; in one without a palette that has the values 0 and 255 only, 255 is the object"
     im = file if isinstance(file, Image.Image) else open_stored(file)
-    if im.mode not in ('P','L'):
+    if im.mode not in ('1','P','L'):
         name = 'the mask' if file is im else file
         raise ValueError(f"{name} is an image of mode {im.mode!r}, whose colours are not labels: "
                          "pass one with a palette ('P') or grey ('L'), such as `write_mask` writes")
-    return torch.from_numpy(np.array(im))
+    mask = torch.from_numpy(np.array(im if im.mode=='P' else im.convert('L')))
+    return mask if im.mode=='P' or ((mask>0)&(mask<255)).any() else mask//255
 
 # %% ../../nbs/api/16_evaluation.video.ipynb #0e1136bf
 def masks_from_maps(
@@ -113,7 +109,7 @@ def _nearest(mask, size):
     im = Image.fromarray(mask.cpu().numpy().astype(np.uint8))
     return torch.from_numpy(np.array(im.resize(tuple(size)[::-1], Image.Resampling.NEAREST)))
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #02bb6bbc
+# %% ../../nbs/api/16_evaluation.video.ipynb #3e68847d
 def _frame(o, n_in):
     "Convert a frame to (C,H,W) in [0,1]"
     return to_unit(o if isinstance(o, Tensor) else image_tensor(o, n_in)).float()
@@ -151,7 +147,7 @@ def segment_video(
     mask = mask.long().masked_fill(mask==255, 0)
     if not mask.any():
         raise ValueError(f"{_named(first_mask)} has no object: "
-                         "pass a mask with labels from 1 to 254 (0 is background, 255 void)")
+                         "pass a mask with labels from 1 to 254 (0 is background, 255 void), or mask>0 of values 0 and 255")
     hw,dev = mask.shape,device_of(enc)
     sz,norm = _input_size(*hw, size, patch),model_norm(model, stats)
     def feats():
@@ -206,7 +202,7 @@ def mask_f(
     precision,recall = ((KDTree(b).query(a)[0]<=tol).mean() for a,b in ((p,t),(t,p)))
     return float(2*precision*recall/(precision+recall)) if precision+recall else 0.
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #f2ec1b70
+# %% ../../nbs/api/16_evaluation.video.ipynb #cdf34654
 def _statistics(v):
     "Mean, recall and decay of the scores of an object's frames"
     # borders of the quarters; adjacent quarters share them, as in DAVIS's evaluation
@@ -226,7 +222,9 @@ def video_scores(
         raise ValueError(f"a video of {len(true)} frames, of which the first and the last are not scored: pass 3 or more")
     true,rows = np.where(true==255, 0, true),{}
     n = int(true[0].max())
-    if not n: raise ValueError("the first true mask has no object: pass masks with labels from 1 to 254")
+    if not n:
+        raise ValueError("the first true mask has no object: pass masks with labels from 1 to 254 "
+                         "(0 is background, 255 void), or masks>0 of values 0 and 255")
     if pred.max()>n:
         raise ValueError(f"predicted label {pred.max()}, but the first true mask has {n} objects: "
                          f"pass masks with labels 0 to {n}")
@@ -236,19 +234,20 @@ def video_scores(
         rows[o] = {'J&F':(j[0]+f[0])/2} | dict(zip(('J','J recall','J decay'), j)) | dict(zip(('F','F recall','F decay'), f))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('object')
 
-# %% ../../nbs/api/16_evaluation.video.ipynb #c486a09f
+# %% ../../nbs/api/16_evaluation.video.ipynb #bb246ec7
 def davis_sequences(
     path:str|Path, # Folder with ImageSets, JPEGImages and Annotations
     split:str='val', # Name of a file in ImageSets/`year`: 'train', 'val', 'test-dev', ...
-    year:int=2017, # Year of the list of names
+    year:int|None=None, # Year of the list of names; default: the newest that has `split`, 2017 or 2016
     res:str='480p' # Folder of frames and masks: '480p' or 'Full-Resolution'
 )->dict: # From the name of a sequence to its frames and its masks, two lists of files
     "List the frames and masks of DAVIS in its published layout"
     path,seqs = Path(path),{}
-    names = path/'ImageSets'/str(year)/f'{split}.txt'
-    if not names.exists():
-        raise FileNotFoundError(f"no {names}: pass the folder with ImageSets, JPEGImages and Annotations "
-                                "(DAVIS-2017-trainval-480p.zip), and one of its splits")
+    lists = sorted((path/'ImageSets').glob(f"{ifnone(year, '[0-9]*')}/{split}.txt"), key=lambda o: int(o.parent.name))
+    if not lists:
+        raise FileNotFoundError(f"no {path/'ImageSets'}/{ifnone(year, 'YEAR')}/{split}.txt: pass the folder with ImageSets, "
+                                "JPEGImages and Annotations (DAVIS-2017-trainval-480p.zip), and one of its splits")
+    names = lists[-1]
     for name in names.read_text().split():
         d      = path/'JPEGImages'/res/name
         frames = list(list_images(d, recurse=False)) if d.is_dir() else []
@@ -269,7 +268,7 @@ def video_accuracy(
     path:str|Path, # Folder of DAVIS: see `davis_sequences`
     out:str|Path|None=None, # Folder to write masks to, as out/NAME/00000.png; default: masks are not saved
     split:str='val', # Name of a file in ImageSets/`year`
-    year:int=2017, # Year of the list of names
+    year:int|None=None, # Year of the list of names; default: the newest that has `split`
     res:str='480p', # Folder of frames and masks
     progress:bool=False, # Show a progress bar
     **kwargs

@@ -539,7 +539,7 @@ class TeacherStudent(MultiView):
         super().after_step()
     def after_train(self): self._update('after_train')
 
-# %% ../../nbs/api/30_vision.core.ipynb #72cce325
+# %% ../../nbs/api/30_vision.core.ipynb #ad471563
 class AnyMixedPrecision(MixedPrecision):
     "`MixedPrecision` on the device of the model"
     name,inside = 'mixed_precision',False
@@ -624,7 +624,7 @@ class GraphMemory(Callback):
     def after_loss(self):                                        # monitors keep the features of several batches
         if getattr(self.learn, 'global_feats', None) is not None: self.learn.global_feats = self.learn.global_feats.clone()
 
-# %% ../../nbs/api/30_vision.core.ipynb #09bef1e1
+# %% ../../nbs/api/30_vision.core.ipynb #b8efc4ff
 class TorchOptim(OptimWrapper):
     "An `OptimWrapper` whose `hypers` are numbers, for loggers that take nothing else"
     @property
@@ -649,7 +649,7 @@ def crop_sizes_for(
     "Return 224 and 96 pixels or, for smaller images, sizes in that ratio"
     return view_defaults(size, patch=patch_size(encoder))['crop_sizes']
 
-# %% ../../nbs/api/30_vision.core.ipynb #d9060a5d
+# %% ../../nbs/api/30_vision.core.ipynb #176eba33
 def _split_kwargs(kwargs, *funcs):
     "A dict of keyword arguments per function, each for the first that takes it, and a dict of the rest"
     rest,groups = dict(kwargs),[]
@@ -701,7 +701,7 @@ def _knn_monitor(dls, y, n):
     has_classes = len(y)==1 and isinstance(y[0], Tensor) and y[0].ndim==1 and not y[0].is_floating_point()
     return KNNMonitor(dls, k=min(20,n)) if has_classes and len(dls.valid)>0 and n<=20_000 else None
 
-# %% ../../nbs/api/30_vision.core.ipynb #9ce86866
+# %% ../../nbs/api/30_vision.core.ipynb #138bd57f
 def method_learner(
     method:type, # Subclass of `MultiView` with `create`, `views` and `defaults`
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
