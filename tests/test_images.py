@@ -1,10 +1,11 @@
 "Images as they come: every kind of file that a folder may hold is trained on or named, and training goes on"
-import io, json, pytest, resource, subprocess, sys, warnings
+import io, json, pytest, resource, sys, warnings
 from fastai.vision.all import *
 from PIL import Image
 from self_supervised.data import *
 from self_supervised.data import _stride
 from self_supervised.cli import dino_train, run_command
+import processes
 from helpers import *
 
 rgb = np.random.RandomState(0).randint(0, 255, (24,30,3), dtype=np.uint8)
@@ -176,7 +177,7 @@ rss, = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
 for _ in dls.train: pass
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-rss)//1024)
 """
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
+    out,_ = processes.run(processes.code, code)
     assert int(out)<400, out
     assert sorted(Path(o['path']).name for o in bad_rows(tmp_path))==['bomb.png','large.png'] and 'large.png has 20000x5000 pixels' in str(bad_rows(tmp_path))
 

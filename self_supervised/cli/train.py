@@ -177,14 +177,14 @@ def _check(cfg):
                          "or another --out")
     check_writable(cfg.out, folder=True)
 
-# %% ../../nbs/api/51_cli.train.ipynb #b6891b07
+# %% ../../nbs/api/51_cli.train.ipynb #f7a16a28
 def _labelled_dls(cfg, opens):
     "Loaders of the labelled images; an unreadable folder raises an error here, not after an epoch of training"
     dls = labelled_dls(cfg.labels, cfg.size, cfg.bs, crop_pct=1, num_workers=cfg.num_workers, open_fn=opens)
     for dl in dls:
         dl.dataset.bad_files = cfg.out/'bad_files.jsonl'
         with random_kept(): plain_dl(dl).one_batch()
-    return dls
+    with random_kept(): return keep_labelled(dls)
 
 def _loaders(cfg):
     "Training loaders, and labelled loaders for k-NN accuracy, or None"
@@ -200,7 +200,7 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #098f20a1
+# %% ../../nbs/api/51_cli.train.ipynb #b319956e
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _view_settings(cfg, make, enc):
