@@ -344,21 +344,23 @@ def test_what_loaders_send_to_spawned_workers_can_be_pickled(few_images, monkeyp
             f()
         assert len(sent)>n, f'{name} used no worker'
 
+SPAWNS = 'unlabelled_dls','cache','labelled_dls',"fastai's",'monitors','prepare_images'
+
 @pytest.mark.slow
-def test_all_readers_with_a_spawned_worker(few_images, tmp_path):
+def test_readers_with_a_spawned_worker(few_images, tmp_path):
+    "Each kind of loader once: the others send the same"
     script = tmp_path/'script.py'
     script.write_text(f"""{HEAD}{READERS}
 if __name__=='__main__':
     import multiprocessing as mp
     mp.set_start_method('spawn', force=True)
     for name,f in readers(Path({str(few_images)!r}), 1).items():
+        if name not in {SPAWNS}: continue
         f()
         print('read:', name, flush=True)
 """)
-    space = {}
-    exec(HEAD+READERS, space)
     res = subprocess.run([sys.executable, '-W', 'ignore', script], capture_output=True, text=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
-    assert res.returncode==0 and [o[6:] for o in res.stdout.splitlines() if o.startswith('read: ')]==list(space['readers'](few_images, 1)), res.stdout+res.stderr[-3000:]
+    assert res.returncode==0 and [o[6:] for o in res.stdout.splitlines() if o.startswith('read: ')]==list(SPAWNS), res.stdout+res.stderr[-3000:]
 
 def test_loaders_of_several_processes_can_be_pickled(few_images):
     for dl in (unlabelled_dls(few_images, 16, 4, num_workers=1).train, labelled_dls(few_images, 16, 4, num_workers=1).train): ForkingPickler.dumps(JointDL(dl, rank=0, world_size=2).fake_l)
