@@ -13,6 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do i
 BIN     = .venv/bin
 ONE     = OMP_NUM_THREADS=1
 CORE    = $(patsubst %,tests/test_%.py,training methods resume evaluation monitors input images reference fuzz leaks fastai_tools)
+# notebooks with cells that only test-all runs
+SLOW    = $(shell grep -l '"\#| slow' nbs/*/*.ipynb | sed 's,.*/,,' | paste -sd'|')
 .PHONY: demo test test-all test-oldest bench docs docs-serve notebooks clean
 
 .venv/core: settings.ini setup.py pyproject.toml
@@ -39,11 +41,11 @@ demo: .venv/core
 
 test: .venv/dev
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
-	$(ONE) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m "not slow" tests
+	$(ONE) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-all: test
-	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
-	$(BIN)/python -m pytest -q -rs -m slow tests
+	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200 --file-re '^($(SLOW))$$'
+	$(ONE) $(BIN)/python -m pytest -q -rs -m slow tests
 
 .venv-oldest/core: settings.ini tools/oldest.py
 	$(PYTHON) -m venv .venv-oldest

@@ -56,13 +56,13 @@ def test_parts_are_resumed_within_a_step(tmp_path):
     other = fit(7, 'b', resume=True)                             # after 3 batches, with steps of 2
     for (k,a),b in zip(whole.model.state_dict().items(), other.model.state_dict().values()): assert torch.equal(a, b), k
 
-def test_a_killed_process_goes_on(tmp_path):
+def test_a_killed_process_goes_on(tmp_path, folder):
     "The command line, killed without warning while it trains, ends where a run at one go ends"
-    args = ('--epochs', 4, '--local-crops-number', 1, '--batch-size-per-gpu', 256, '--seed', 3, '--no-report')
+    args = ('--path', folder, '--arch', 'convnet_mini', '--size', 16, '--epochs', 6, '--local-crops-number', 1, '--num-workers', 0, '--seed', 3, '--no-report')
     processes.run(processes.command, TRAIN, *args, '--out', tmp_path/'whole')
     p = processes.Forked(processes.command, TRAIN, *args, '--out', tmp_path/'cut')
-    for _ in range(600):
-        time.sleep(.1)
+    for _ in range(3000):
+        time.sleep(.02)
         if (tmp_path/'cut'/'history.csv').exists() and len((tmp_path/'cut'/'history.csv').read_text().splitlines())>=3: break
     p.send_signal(signal.SIGKILL)
     assert p.wait()==-signal.SIGKILL
@@ -120,7 +120,7 @@ def _forked(args): return processes.Forked(processes.command, TRAIN, *_options(*
 
 @pytest.mark.parametrize('sig,code,start', [(signal.SIGTERM,130,_new),(signal.SIGINT,130,_forked)])
 def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path, sig, code, start):
-    p = start(('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini'))
+    p = start(('--out', tmp_path, '--epochs', '500', '--arch', 'convnet_mini', '--no-report'))
     for _ in range(600):
         time.sleep(.1)
         if (tmp_path/'checkpoint.pth').exists(): break
