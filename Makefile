@@ -17,16 +17,21 @@ CORE    = $(patsubst %,tests/test_%.py,training methods resume evaluation monito
 SLOW    = $(shell grep -l '"\#| slow' nbs/*/*.ipynb | sed 's,.*/,,' | paste -sd'|')
 .PHONY: demo test test-all test-oldest bench docs docs-serve notebooks clean
 
-.venv/core: settings.ini setup.py pyproject.toml
+.venv/new:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install it, or pass make PYTHON=/path/to/python"; exit 1; }
 	@echo "Creating .venv (PyTorch is large: this takes minutes, once)"
 	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/core: .venv/new settings.ini setup.py pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-.venv/dev: .venv/core
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $@
+# one call of pip; then all cores compile what it installed, as some files are templates that do not compile without a word
+.venv/dev: .venv/new settings.ini setup.py pyproject.toml
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	@touch .venv/core $@
 
 .venv/bench: .venv/core
 	$(BIN)/pip install --quiet --editable '.[bench]' || echo "lightly could not be installed: the tables are written without it"

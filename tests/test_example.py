@@ -47,7 +47,8 @@ def test_the_readme_runs_as_it_stands(tmp_path):
                 ("labelled_dls('LABELLED')","labelled_dls('images', 16, num_workers=0)")):
         assert a in code
         code = code.replace(a, b)
-    digits_path(tmp_path/'images')
+    for f in sorted((digits_path(tmp_path/'images')/'train').rglob('*.png')):
+        if int(f.stem)%5: f.unlink()                             # few labelled images
     (tmp_path/'readme.py').write_text("import matplotlib; matplotlib.use('agg')\n"+code)
     out,_ = processes.run(processes.script, tmp_path/'readme.py', cwd=tmp_path)
     assert (tmp_path/'encoder.safetensors').exists() and 'timm.create_model(' in out

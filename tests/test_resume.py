@@ -136,16 +136,17 @@ def test_a_run_ends_in_time_and_goes_on(tmp_path):
     processes.run(processes.command, TRAIN, *_options('--out', tmp_path, '--epochs', n+1, '--resume', '--no-report'))
     assert len(pd.read_csv(tmp_path/'history.csv'))==n+1 and (tmp_path/'encoder.safetensors').exists()
 
-def _quick(*args): return ['--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', '--no-report', *map(str, args)]
+def _quick(folder, *args):
+    return ['--path', str(folder), '--arch', 'convnet_mini', '--size', '16', '--num-workers', '0', '--local-crops-number', '1', '--batch-size-per-gpu', '256', '--out-dim', '16', '--no-report', *map(str, args)]
 
-def test_resuming_a_run_that_is_not_there_is_said(tmp_path, capsys):
+def test_resuming_a_run_that_is_not_there_is_said(tmp_path, capsys, folder):
     "Else a misspelt --out looks like a run that is resumed"
-    assert run_command(dino_train, _quick('--out', tmp_path/'misspelt', '--epochs', 1, '--resume', '--max-hours', 1e-6))==0
+    assert run_command(dino_train, _quick(folder, '--out', tmp_path/'misspelt', '--epochs', 1, '--resume', '--max-hours', 1e-6))==0
     assert 'misspelt contains no checkpoint to resume from: training starts at epoch 0' in capsys.readouterr().out
 
-def test_what_was_overwritten_is_not_resumed(tmp_path, capsys):
+def test_what_was_overwritten_is_not_resumed(tmp_path, capsys, folder):
     "A run that is started anew and stopped in its first epoch does not go on from the old one"
-    old = _quick('--out', tmp_path, '--saveckp-freq', 1, '--epochs')
+    old = _quick(folder, '--out', tmp_path, '--saveckp-freq', 1, '--epochs')
     assert run_command(dino_train, old+['2','--max-hours','1'])==0
     assert len(list(tmp_path.glob('checkpoint*.pth')))==4
     learn_fit,Learner.fit = Learner.fit,lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt())
@@ -154,10 +155,10 @@ def test_what_was_overwritten_is_not_resumed(tmp_path, capsys):
     assert list(tmp_path.glob('checkpoint*.pth'))==[]
     assert run_command(dino_train, old+['2','--overwrite','--arch','nonsense'])==2
 
-def test_a_disk_that_fills_up_while_the_encoder_is_written_is_a_sentence(tmp_path, capsys, monkeypatch):
+def test_a_disk_that_fills_up_while_the_encoder_is_written_is_a_sentence(tmp_path, capsys, monkeypatch, folder):
     def full(*args): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
     monkeypatch.setattr('self_supervised.checkpoints.save_file', full)
-    assert run_command(dino_train, _quick('--out', tmp_path, '--epochs', 1))==2
+    assert run_command(dino_train, _quick(folder, '--out', tmp_path, '--epochs', 1))==2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith('dino_train: ') and 'encoder.safetensors could not be written' in err and 'free disk space' in err
 
