@@ -126,6 +126,15 @@ def test_dino_train_looks_at_labelled_files_before_it_trains(tmp_path, capfd):
     assert said(lambda: run_command(dino_train, args))[0]==2 and not (out/'checkpoint.pth').exists() and not (out/'history.csv').exists()           # nothing to test on: refused before the first batch
     assert 'were tried and cannot be read' in capfd.readouterr().err
 
+def test_dino_train_decodes_labelled_files_once(tmp_path, monkeypatch):
+    "Not for each network at each evaluation"
+    images,lab,opened,open_ = class_folder(tmp_path/'images', 8, ('',)),class_folder(tmp_path/'labels', 6),Counter(),Image.open
+    monkeypatch.setattr(Image, 'open', lambda f, *args, **kwargs: opened.update([str(f)]) or open_(f, *args, **kwargs))
+    args = ['--path', str(images), '--labels', str(lab), '--arch', 'convnet_mini', '--size', '16', '--batch-size-per-gpu', '8', '--epochs', '2', '--num-workers', '0', '--local-crops-number', '1', '--out', str(tmp_path/'run')]
+    assert said(lambda: run_command(dino_train, args))[0]==0 and (tmp_path/'run'/'table.csv').exists()
+    counts = [opened[str(f)] for f in lab.rglob('*.png')]
+    assert len(counts)==24 and 1<=min(counts) and max(counts)<=4, counts                 # once more to look at the first batch before training
+
 def test_evaluation_on_folders_leaves_out_bad_files_and_names_them(tmp_path):
     enc,vit = create_encoder('convnet_mini'),create_encoder('vit_mini_patch4_16')
     for i in range(4):
