@@ -13,18 +13,25 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do i
 BIN     = .venv/bin
 ONE     = OMP_NUM_THREADS=1
 CORE    = $(patsubst %,tests/test_%.py,training methods resume evaluation monitors input images reference fuzz leaks fastai_tools)
+# notebooks with cells that only test-all runs
+SLOW    = $(shell grep -l '"\#| slow' nbs/*/*.ipynb | sed 's,.*/,,' | paste -sd'|')
 .PHONY: demo test test-all test-oldest bench docs docs-serve notebooks clean
 
-.venv/core: settings.ini setup.py pyproject.toml
+.venv/new:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found: install it, or pass make PYTHON=/path/to/python"; exit 1; }
 	@echo "Creating .venv (PyTorch is large: this takes minutes, once)"
 	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/core: .venv/new settings.ini setup.py pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-.venv/dev: .venv/core
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $@
+# one call of pip; then all cores compile what it installed, as some files are templates that do not compile without a word
+.venv/dev: .venv/new settings.ini setup.py pyproject.toml
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	@touch .venv/core $@
 
 .venv/bench: .venv/core
 	$(BIN)/pip install --quiet --editable '.[bench]' || echo "lightly could not be installed: the tables are written without it"
@@ -39,11 +46,11 @@ demo: .venv/core
 
 test: .venv/dev
 	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --do-print
-	$(ONE) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile -m "not slow" tests
+	$(ONE) $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-all: test
-	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200
-	$(BIN)/python -m pytest -q -rs -m slow tests
+	$(ONE) $(BIN)/nbdev-test nbs --n-workers 2 --flags slow --cell-timeout 7200 --file-re '^($(SLOW))$$'
+	$(ONE) $(BIN)/python -m pytest -q -rs -m slow tests
 
 .venv-oldest/core: settings.ini tools/oldest.py
 	$(PYTHON) -m venv .venv-oldest

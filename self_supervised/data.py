@@ -10,7 +10,7 @@ __all__ = ['open_rgb', 'open_gray', 'open_stored', 'Unreadable', 'opener', 'Jpeg
            'as_in_validation', 'JpegBatch', 'decode_jpegs', 'why_not_decoded', 'DecodeJpegs', 'JpegDL',
            'takes_any_file', 'unlabelled_dls', 'list_images', 'find_images', 'channel_stats', 'DigitsDataset',
            'digits_dls', 'digits_path', 'ShapesDataset', 'shapes_dls', 'stratified_split', 'ToUnit', 'MiddleCrop',
-           'class_files', 'labelled_dls', 'MissingExtra', 'need_extra']
+           'class_files', 'labelled_dls', 'LabelledImages', 'keep_labelled', 'MissingExtra', 'need_extra']
 
 # %% ../nbs/api/00_data.ipynb #f29f58b2
 from fastai.vision.all import *
@@ -1244,6 +1244,32 @@ def labelled_dls(
         after_batch=[ToUnit,*L(kwargs.pop('batch_tfms', None))], **kwargs)
     for dl in dls: dl.dataset.replace = True
     return dls
+
+# %% ../nbs/api/00_data.ipynb #d3f11443
+class LabelledImages(DigitsDataset):
+    "Decoded images in memory, as a data set of `(image, label)`"
+    def __init__(self,
+        x:Tensor, # Images (n,C,size,size), uint8 or floats in [0,1]
+        y:Tensor, # Labels (n,)
+        vocab:CategoryMap # Names of the classes
+    ): store_attr()
+    def new_empty(self): return LabelledImages(self.x[:0], self.y[:0], self.vocab)
+
+def keep_labelled(
+    dls:DataLoaders, # Result of `labelled_dls`
+    most:float=2**30 # Maximum size of the decoded images in bytes, over all ranks of a machine
+)->DataLoaders: # Loaders of the images in memory, or `dls` if they are larger
+    "Decode labelled images once and keep them in memory, if they are small"
+    n_bytes = sum(len(dl.dataset) for dl in dls)*dls[0].do_item(0)[0].nbytes
+    if n_bytes*int(os.environ.get('LOCAL_WORLD_SIZE', 1))>min(most, _free_bytes(torch.device('cpu'))/2): return dls
+    def kept(dl):
+        read = dl.new(shuffle=False, drop_last=False, device='cpu', after_batch=[])
+        xs,ys = zip(*as_in_validation(read))
+        ds  = LabelledImages(*(torch.cat([o.as_subclass(Tensor) for o in os]) for os in (xs,ys)), dl.vocab)
+        res = TfmdDL(ds, dl.bs, shuffle=dl.shuffle, drop_last=dl.drop_last, num_workers=0, device=dl.device, after_batch=dl.after_batch.fs)
+        res._n_inp,res._types = 1,{tuple: [TensorImage,TensorCategory]}
+        return res
+    return DataLoaders(*map(kept, dls), path=dls.path, device=dls.device)
 
 # %% ../nbs/api/00_data.ipynb #8dfce3b0
 class MissingExtra(ImportError): "Packages of an extra are not installed; the message has the install command"

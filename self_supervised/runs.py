@@ -6,7 +6,7 @@
 __all__ = ['run_ends', 'old_view_settings', 'table_columns', 'RunCheckpoint', 'TimeLimit', 'sigterm_as_interrupt', 'History',
            'describe_run', 'read_notes', 'run_size', 'note_run', 'read_messages', 'RunNotes']
 
-# %% ../nbs/api/21_runs.ipynb #346f56d4
+# %% ../nbs/api/21_runs.ipynb #e03aafda
 from fastai.vision.all import *
 from fastai.callback.fp16 import MixedPrecision
 from contextlib import contextmanager,suppress
@@ -17,7 +17,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #6f045928
+# %% ../nbs/api/21_runs.ipynb #83e3540d
 class _AtEpochEnd(Callback):
     "Call `epoch_done` once per trained epoch, even if another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -414,7 +414,7 @@ class History(_AtEpochEnd, CSVLogger):
             raise OSError(f"{self.fname} could not be written ({e.strerror or e}): free space or pass another folder, "
                           "and resume") from e
 
-# %% ../nbs/api/21_runs.ipynb #3d3360d9
+# %% ../nbs/api/21_runs.ipynb #4e387059
 def _cpu():
     "Name of the processor; on Linux, Python does not know it"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]

@@ -19,7 +19,7 @@ from .encoders import *
 from .features import *
 from .checkpoints import *
 
-# %% ../nbs/api/08_weights.ipynb #3c2304b9
+# %% ../nbs/api/08_weights.ipynb #84e29422
 def _check_file(file):
     file = Path(file)
     if file.is_dir():
@@ -82,7 +82,7 @@ def _read(file, trust=False):
     if {'mean','std'}<=set(meta): return flat, tuple(json.loads(meta[k]) for k in ('mean','std'))
     return flat, _image_stats(file, flat)
 
-# %% ../nbs/api/08_weights.ipynb #a5f56f66
+# %% ../nbs/api/08_weights.ipynb #f132da1f
 _outer  = ('state_dict.','model.','module.','_orig_mod.')
 _inner  = _outer + ('backbone.','encoder.','vit.','dinov2.','dinov2_with_registers.','dinov3_vit.')
 _owner  = re.compile(r'(student|teacher|momentum|state_dict_ema|model_ema)[._]')    # as in momentum_backbone
@@ -124,7 +124,7 @@ def _split(state, wanted):
     head  = {n:t for n,t in _under(state, 'head.').items() if is_head(n)}
     return {n:t for n,t in state.items() if n in wanted or not other(n)},head
 
-# %% ../nbs/api/08_weights.ipynb #521634fb
+# %% ../nbs/api/08_weights.ipynb #3822cc25
 _hf       = {'cls_token':'embeddings.cls_token', 'pos_embed':'embeddings.position_embeddings', 'norm':'layernorm',
              'patch_embed.proj':'embeddings.patch_embeddings.projection'}
 _hf_attn  = {'attn.proj':'attention.output.dense', 'attn.q':'attention.attention.query',
@@ -263,7 +263,7 @@ def _resampled(state, enc, wanted):
     if grid is None: return state
     return state | dict(pos_embed=resample_pos_embed(pos, grid, want.shape[1]-grid[0]*grid[1]))
 
-# %% ../nbs/api/08_weights.ipynb #8a549c94
+# %% ../nbs/api/08_weights.ipynb #37e7f635
 class _Fit:
     "Comparison of the tensors `state` with the tensors `wanted` of a module"
     def __init__(self, state, wanted):
@@ -313,7 +313,7 @@ def _set_stats(m, encs, stats):
         e.pretrained_cfg = merge(cfg, dict(mean=tuple(mean.tolist()), std=tuple(std.tolist())))
         set_encoder_stats(e, mean, std)
 
-# %% ../nbs/api/08_weights.ipynb #57d3227b
+# %% ../nbs/api/08_weights.ipynb #807e4742
 def load_dino_weights(
     model:Learner|nn.Module, # Learner, model or encoder, see `encoder_of`
     file:str|Path, # File of weights (.pth, .ckpt, .safetensors, .bin), see the table above
@@ -368,7 +368,7 @@ def _check(plan, file, strict):
     if some: advice += '; or pass strict=False to load only tensors that fit'
     raise ValueError(f"{file} does not fit the {name}: {fit}. Nothing was loaded: {advice}")
 
-# %% ../nbs/api/08_weights.ipynb #63503b00
+# %% ../nbs/api/08_weights.ipynb #614245cf
 _acts = {nn.GELU:'gelu', timm.layers.GELU:'gelu', timm.layers.GELUTanh:'gelu_pytorch_tanh', nn.ReLU:'relu'}
 
 def _layout_of(enc):
@@ -494,7 +494,7 @@ def to_transformers(
         if feature: print(f"# image feature: .last_hidden_state{feature}")
     return folder
 
-# %% ../nbs/api/08_weights.ipynb #d142d60f
+# %% ../nbs/api/08_weights.ipynb #67da3075
 class _Normalized(nn.Module):
     "An encoder for images in [0,1]"
     def __init__(self, enc, stats):

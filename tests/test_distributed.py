@@ -117,15 +117,21 @@ def test_all_stop_where_one_loses_its_loss(tmp_path):
     rep = torch.load(tmp_path/'nonfinite_1.pth', weights_only=True)
     assert not (tmp_path/'nonfinite.pth').exists() and rep['epoch']==0 and rep['temperatures']['tps']==.1 and len(rep['views'])==3
 
-def test_the_command_runs_under_torchrun(tmp_path):
-    "Two processes, a resumption, one set of files; the resumption has the variables of torchrun without its start"
+def _torchrun(*args):
+    run = ['--nproc-per-node', '2', '--master-port', str(free_port()), str(Path(sys.executable).parent/'dino_train')]
+    return processes.run(processes.module, 'torch.distributed.run', *run, *args)[0]
+
+def _two_ranks(*args): return ''.join(out for out,_ in start(2, processes.command, 'self_supervised.cli:main', *args)[1])
+
+@pytest.mark.parametrize('launcher', [_two_ranks,pytest.param(_torchrun, marks=pytest.mark.slow)])
+def test_the_command_runs_under_torchrun(tmp_path, launcher):
+    "Two processes, a resumption, one set of files; what always runs has the variables of torchrun without its start"
     args = ['--local-crops-number', '1', '--batch-size-per-gpu', '64', '--out', str(tmp_path), '--epochs']
     def check(out, n):
         assert 'batches of 64 on each of 2 ranks' in out and out.count('encoder: ')==1
         assert len(pd.read_csv(tmp_path/'history.csv'))==n
-    run = ['--nproc-per-node', '2', '--master-port', str(free_port()), str(Path(sys.executable).parent/'dino_train')]
-    check(processes.run(processes.module, 'torch.distributed.run', *run, *args, 1)[0], 1)
-    check(''.join(out for out,_ in start(2, processes.command, 'self_supervised.cli:main', *args, 2, '--resume')[1]), 2)
+    check(launcher(*args, 1, '--no-report'), 1)
+    check(_two_ranks(*args, 2, '--resume'), 2)
     assert len(torch.load(tmp_path/'checkpoint.pth', weights_only=True)['random'])==2 and (tmp_path/'encoder.safetensors').exists() and (tmp_path/'table.csv').exists()
 
 PARTS = """

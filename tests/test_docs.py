@@ -55,10 +55,11 @@ def test_a_module_name_as_title_still_makes_a_page():
 def test_every_exported_name_has_its_entry(pages, notebooks):
     for nb in notebooks:
         if not nb.mod: continue
+        ids = {e['id']: e for e in pages[page_of(nb)].find_all(id=True)}
         own = [n for n in nb.mod.__all__ if getattr(getattr(nb.mod, n), '__module__', nb.mod.__name__)==nb.mod.__name__]
         assert set(own) <= set(nb.symbols), nb.path
         for name in nb.symbols:
-            head,o = pages[page_of(nb)].find(id=docs.anchor(name)),attrgetter(name)(nb.mod)
+            head,o = ids.get(docs.anchor(name)),attrgetter(name)(nb.mod)
             assert head is not None and head.name=='h3' and head.code.text==name, f'{nb.path}: {name}'
             if inspect.isfunction(o): assert head.find_next_sibling().code.text.startswith(name.split('.')[-1]+(' ' if hasattr(o, 'groups') else '(')), name
 
@@ -226,12 +227,14 @@ def look(page):
 
 MAIN = 'index.html','api/objectives.html','api/vision.dino.html','api/evaluation.linear.html','api/cli.train.html','benchmarks.html'
 
-@pytest.mark.parametrize('size,names', [(WIDE,MAIN), (PHONE,MAIN), pytest.param(PHONE, None, marks=pytest.mark.slow)], ids=['wide','phone','phone-all'])
-def test_pages_in_a_browser(browser, url, pages, size, names):
-    page,wrong = open_page(browser, url, size)
+@pytest.mark.parametrize('sizes,names', [((WIDE,PHONE),MAIN), pytest.param((PHONE,), None, marks=pytest.mark.slow)], ids=['wide-phone','phone-all'])
+def test_pages_in_a_browser(browser, url, pages, sizes, names):
+    page,wrong = open_page(browser, url, sizes[0])
     for name in names or sorted(pages.keys()-{'404.html'}):
         page.goto(url+name)
-        wrong += [f'{name}: {w}' for w in look(page)]
+        for size in sizes:
+            page.set_viewport_size(size)
+            wrong += [f'{name}, {size}: {w}' for w in look(page)]
     page.close()
     assert wrong==[]
 

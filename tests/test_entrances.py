@@ -101,7 +101,8 @@ def test_loaders_of_other_kinds_train_and_are_evaluated(lib, kind):
     x  = images()
     ds = Items(lambda i: kinds[kind](x[i]))
     def dl(): return TD(ds, 8) if lib=='torch' else (DataLoader if lib=='fastai' else TfmdDL)(ds, bs=8, num_workers=0, device='cpu')
-    for given in (DataLoaders(dl(), dl(), device='cpu'), DataLoaders(dl(), device='cpu'), dl(), [dl(),dl()]):
+    given = [DataLoaders(dl(), device='cpu'), dl(), [dl(),dl()]] if kind=='image' else []
+    for given in (*given, DataLoaders(dl(), dl(), device='cpu')):
         learn = dino_learner(given, 'convnet_mini', views(), out_dim=8)
         with quiet(learn): learn.fit_dino(1)
         assert math.isfinite(learn.recorder.values[-1][0]) and learn.recorder.values[-1]

@@ -24,7 +24,7 @@ def test_the_script_trains_and_resumes(tmp_path):
 
 def test_the_script_takes_a_folder(tmp_path):
     main = runpy.run_path(str(examples/'script.py'))['main']
-    main(digits_path(tmp_path/'images')/'test', 'vit_mini_patch4_16', size=16, bs=32, epochs=1, out=tmp_path/'run')
+    main(digits_path(tmp_path/'images')/'test'/'0', 'vit_mini_patch4_16', size=16, bs=32, epochs=1, out=tmp_path/'run')
     assert load_encoder(tmp_path/'run'/'checkpoint.pth')(torch.rand(2,3,16,16)).shape==(2,64)
 
 def test_another_project_borrows_a_piece(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from fastai.callback.all import *
 from fastai.callback.fp16 import ModelToHalf
 from fastai.callback.channelslast import *
 from self_supervised.all import *
+import processes
 from helpers import FixedViews, mlp_model, quiet, row_dls, state, changed
 
 def small_dls(tmp_path, n_valid):
@@ -307,7 +308,6 @@ def test_learning_rates_as_fastai_takes_them(tmp_path, lr, want):
 @pytest.mark.skipif(os.name!='posix' or os.geteuid()!=0, reason='needs to become another user')
 def test_a_folder_that_cannot_be_written_is_no_place_for_a_learner(tmp_path):
     "An unprivileged user with read-only images trains, saves and finds a learning rate"
-    import subprocess
     for split in ('train','test'):
         for c in '01':
             (tmp_path/'images'/split/c).mkdir(parents=True)
@@ -331,5 +331,5 @@ for l in (a,b):
         l.lr_find(num_it=5, show_plot=False, suggest_funcs=()); l.fit(1, 1e-3); l.save('x'); l.load('x'); l.export('x.pkl')
 print('fine')
 """
-    r = subprocess.run([sys.executable, '-c', code], cwd=work, capture_output=True, text=True, env=os.environ|dict(PYTHONDONTWRITEBYTECODE='1', MPLCONFIGDIR=str(work), XDG_CACHE_HOME=str(work)))
-    assert r.stdout.strip().endswith('fine'), r.stderr[-2000:]
+    out,err = processes.run(processes.code, code, cwd=work, PYTHONDONTWRITEBYTECODE='1', MPLCONFIGDIR=str(work), XDG_CACHE_HOME=str(work))
+    assert out.strip().endswith('fine'), err[-2000:]

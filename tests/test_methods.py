@@ -77,15 +77,17 @@ def test_processes_train_every_method_as_one(tmp_path):
             assert torch.equal(v, b['model'][k]), (name,k)       # the same in both processes
             if not k.startswith('queue'): torch.testing.assert_close(v, one['model'][k], rtol=1e-6, atol=1e-9, msg=lambda m: f'{name} {k}: {m}')
 
+@pytest.fixture(scope='module')
+def zeros(tmp_path_factory): return digits_path(tmp_path_factory.mktemp('digits'))/'test'/'0'
+
 @pytest.mark.parametrize('name', methods)
-def test_the_command_trains_with_every_method(name, tmp_path, capsys):
-    folder = digits_path(tmp_path/'digits')/'test'/'0'
-    args = ['--path', str(folder), '--method', name, '--arch', 'convnet_mini', '--size', '16', '--epochs', '1', '--batch-size-per-gpu', '16', '--num-workers', '0', '--local-crops-number', '1']
-    assert run_command(dino_train, args+['--out', str(tmp_path/'out')])==0, capsys.readouterr().err
-    a,b = (load_encoder(tmp_path/'out'/o).eval()(torch.ones(1,3,16,16)) for o in ('encoder.safetensors','checkpoint.pth'))
-    torch.testing.assert_close(a, b)
-    report = [] if name=='dino' else ['--no-report']             # of grey images: the same for all
-    assert run_command(dino_train, args+['--n-in', '1', '--out', str(tmp_path/'grey'), *report])==0, capsys.readouterr().err
+def test_the_command_trains_with_every_method(name, tmp_path, capsys, zeros):
+    args = ['--path', str(zeros), '--method', name, '--arch', 'convnet_mini', '--size', '16', '--epochs', '1', '--batch-size-per-gpu', '16', '--num-workers', '0', '--local-crops-number', '1']
+    for n_in in (3,1):
+        out,report = tmp_path/f'{n_in}',[] if (name,n_in) in (('dino',1),('lejepa',3)) else ['--no-report']          # of one and of two networks
+        assert run_command(dino_train, args+['--n-in', str(n_in), '--out', str(out), *report])==0, capsys.readouterr().err
+        a,b = (load_encoder(out/o).eval()(torch.ones(1,n_in,16,16)) for o in ('encoder.safetensors','checkpoint.pth'))
+        torch.testing.assert_close(a, b)
     if name!='dino':
         assert run_command(dino_train, args+['--teacher-temp', '.04', '--out', str(tmp_path/'no')])==2
         assert '--teacher-temp' in capsys.readouterr().err

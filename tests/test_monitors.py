@@ -16,7 +16,7 @@ def messages(n_epoch, lr=None, n_train=640, **kwargs):
     return found,learn
 
 def test_no_sharpening_goes_uniform():
-    said,learn = messages(4, tpt_start=1., tpt_end=1.)
+    said,learn = messages(3, n_train=256, tpt_start=1., tpt_end=1.)
     message, = said
     assert (message.sign,message.epoch)==('uniform',1) and 'lower teacher temperature' in message.text and f'ln K {math.log(256):.4f}' in message.text
     assert learn.view_stats['entropy']>.99*learn.view_stats['ln_k']
@@ -28,7 +28,7 @@ def test_no_centering_goes_to_one_dimension():
     assert not learn.model.C.any()
 
 def test_a_loss_that_does_not_move():
-    said,learn = messages(4, lr=1e-9)
+    said,learn = messages(3, lr=1e-9, n_train=256)
     message, = said
     assert message.sign=='stuck' and 'higher lr' in message.text
 
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert isinstance(learn.loss_func, FeatureLoss)
 
 def test_a_good_run_hears_nothing():
-    assert messages(4)[0]==[]
+    assert messages(3, n_train=320)[0]==[]
 
 NUMBERS = ['train_loss','teacher_entropy','kl','rankme','knn']
 

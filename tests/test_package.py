@@ -99,10 +99,14 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     if not level and name.split('.')[0] in hidden: tried.add(name.split('.')[0])
     return real(name, globals, locals, fromlist, level)
 builtins.__import__ = watched
+import self_supervised.cli as cli
+lazy = 'torch' not in sys.modules
 from fastai.vision.all import *
 theirs,theirs_tried = set(sys.modules),set(tried)
+cli.dino_report
+needless = [m for m in ('self_supervised.cli.train','self_supervised.vision.dino','self_supervised.lab') if m in sys.modules]
 from self_supervised.all import *
-res = dict(file=sys.modules['self_supervised'].__file__, modules=sorted(set(sys.modules)-theirs), tried=sorted(tried-theirs_tried))
+res = dict(lazy=lazy, needless=needless, file=sys.modules['self_supervised'].__file__, modules=sorted(set(sys.modules)-theirs), tried=sorted(tried-theirs_tried))
 entry = {e.name:e for e in md.distribution('self-supervised-dino').entry_points if e.group=='console_scripts'}
 res['commands'] = {n: [e.value, callable(e.load())] for n,e in entry.items()}
 def sentence(f):
@@ -141,6 +145,8 @@ def test_import_is_light(alone):
     assert alone['tried']==['accelerate']                        # by fastai.distributed, which has the loader that ours is made of
     heavy = 'torch._dynamo','torch._inductor','sklearn.manifold','sklearn.linear_model','sklearn.datasets','scipy.stats','IPython'
     assert [m for m in alone['modules'] if m.startswith(heavy)]==[]
+
+def test_commands_are_imported_when_they_are_used(alone): assert alone['lazy'] and alone['needless']==[]
 
 def test_commands_resolve(place, alone):
     assert alone['commands']=={n: [v,True] for n,v in scripts.items()}

@@ -106,7 +106,8 @@ def test_accumulation_longer_than_the_run_is_refused(name):
         assert changed(learn.model, before)
 
 def test_a_command_that_cannot_learn_says_so_before_it_overwrites(tmp_path, capsys):
-    args = ['--out', str(tmp_path), '--local-crops-number', '0', '--batch-size-per-gpu', '512', '--out-dim', '16', '--no-report', '--epochs', '1']
+    args = ['--path', str(digits_path(tmp_path/'digits')/'test'), '--arch', 'convnet_mini', '--size', '16', '--num-workers', '0', '--out', str(tmp_path), '--local-crops-number', '0',
+            '--batch-size-per-gpu', '256', '--out-dim', '16', '--no-report', '--epochs', '1']
     assert run_command(dino_train, args)==0
     assert run_command(dino_train, args+['--overwrite','--grad-accumulation','100'])==2
     assert 'a step is taken after 100 batches, but the run has 2 (2 per epoch)' in capsys.readouterr().err and kept(tmp_path)['epoch']==1

@@ -1,5 +1,5 @@
 "What takes minutes: the figures of the demonstration, every family of backbones, and random input of all kinds"
-import io, pytest, subprocess, sys, warnings
+import io, pytest, warnings
 from fastai.vision.all import *
 from PIL import Image
 from self_supervised.all import *
@@ -8,21 +8,21 @@ from helpers import *
 
 pytestmark = pytest.mark.slow
 
+def demo(*args):
+    with warnings.catch_warnings(action='ignore'): assert run_command(dino_train, [*map(str, args)])==0
+
 def table_of(out):
     t = pd.read_csv(out/'table.csv', index_col=0).drop(columns='role')
     return t.map(lambda o: float(str(o).split(' ')[0]))
 
 def test_the_demonstration_reaches_its_figures(tmp_path):
-    tables = []
-    for seed in range(3):
-        subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', '--seed', str(seed), '--out', tmp_path/str(seed)], check=True, stdout=subprocess.DEVNULL)
-        assert {o.name for o in (tmp_path/str(seed)).ls()} >= {'checkpoint.pth','encoder.safetensors','history.csv','history.png','views.png','neighbours.png','table.csv'}
-        tables.append(table_of(tmp_path/str(seed)).loc['DINO, teacher'])
-    mean = pd.concat(tables, axis=1).mean(axis=1)
-    assert mean['20-NN']>=92 and mean['linear']>=95.5 and mean['1 label/class']>=62, mean
+    demo('--out', tmp_path)
+    assert {o.name for o in tmp_path.ls()} >= {'checkpoint.pth','encoder.safetensors','history.csv','history.png','views.png','neighbours.png','table.csv'}
+    row = table_of(tmp_path).loc['DINO, teacher']
+    assert row['20-NN']>=92 and row['linear']>=95.5 and row['1 label/class']>=62, row
 
 def test_a_tiny_vit_climbs(tmp_path):
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from self_supervised.cli import main; main()', '--arch', 'vit_mini_patch4_16', '--out', tmp_path], check=True, stdout=subprocess.DEVNULL)
+    demo('--arch', 'vit_mini_patch4_16', '--epochs', '60', '--out', tmp_path)
     t = table_of(tmp_path)
     assert t.loc['DINO, teacher','20-NN']>=85>70>t.loc['the same network, untrained','20-NN'] and (tmp_path/'attention.png').exists()
 
@@ -39,7 +39,7 @@ def test_going_on_is_better_than_the_start_and_than_from_scratch(tmp_path):
         with quiet(learn): fit(learn)
         return learn
     scores = []
-    for seed in range(3):
+    for seed in range(2):
         set_seed(seed)
         file = export_encoder(fitted(low, 'convnet_mini', lambda l: l.fit_dino(20)), tmp_path/f'{seed}.safetensors', verbose=False)
         row  = [load_encoder(file)]

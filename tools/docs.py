@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from fastcore.docments import DocmentText, docments, docstring
 from fastcore.foundation import L
 from fastcore.nbio import mk_cell
+import nbdev.processors
 from nbdev.config import get_config, nbpath2html
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor
@@ -23,6 +24,7 @@ from readme import output, root
 from self_supervised.cli import command_parser
 
 KATEX = '0.16.47'
+nbdev.processors.get_config = functools.cache(get_config)      # pyproject.toml was read again for each cell
 PROCS = [strip_ansi, hide_line, filter_stream_, rm_header_dash, clean_magics, hide_]
 
 # API entries
@@ -52,9 +54,11 @@ def short(t):
 def anno(p):    return '' if (a := p.get('anno', inspect._empty)) is inspect._empty else short(inspect.formatannotation(a))
 def default(p): return '' if (d := p.get('default', inspect._empty)) is inspect._empty else getattr(d, '__name__', None) or repr(d)
 
+documentation = functools.cache(DocmentText)
+
 def signature(name, o):
     "How `o` is called, on one line if it fits"
-    doc = DocmentText(o)
+    doc = documentation(o)
     events = getattr(o, '_methods', ())                          # of a callback of fastai, which takes each event as an argument
     ps  = [re.sub(r'^(\w+:)([^=]+)', lambda m: m[1]+short(m[2]), p) for p,_ in doc.params if re.match(r'\w*', p)[0] not in events]
     ret = f' -> {r}' if (r := anno(doc.dm.get('return', {}))) else ''
@@ -72,6 +76,7 @@ def delegate(o):
     to = attrgetter(m[1])(sys.modules[f.__module__])
     return to.__init__ if inspect.isclass(to) else to
 
+@functools.cache
 def comments(o):
     "Parameter comments of `o`, with those of the function that it delegates to"
     res = {n: re.sub(r'\s+', ' ', d or '').replace('|', r'\|') for n,d in docments(o, args_kwargs=True).items()}
@@ -82,7 +87,7 @@ def parameters(o):
     "The table of the documented parameters of `o` and of the value that it returns; the signature has the others"
     def row(*cells): return f"| {' | '.join(cells)} |"
     def code(s): return f'`{s}`' if s else ''
-    dm,said = DocmentText(o).dm,comments(o)
+    dm,said = documentation(o).dm,comments(o)
     names = [n for n in dm if n!='self' and said.get(n)]
     if not names: return ''
     rows = [row('**Returns**' if n=='return' else code(n), code(anno(dm[n])), code(default(dm[n])), said.get(n, '')) for n in names]
@@ -175,6 +180,7 @@ class Links:
 
 # Notebooks as Markdown
 
+@functools.cache
 def load(file):
     "A page: its file and path on the site, its module and symbols, and its cells as nbdev's processors leave them"
     if file.suffix=='.md':

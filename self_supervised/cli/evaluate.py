@@ -134,7 +134,7 @@ def eval_main():
     "Run `dino_eval` as a console command"
     sys.exit(run_command(dino_eval))
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #8004b6a2
+# %% ../../nbs/api/52_cli.evaluate.ipynb #eab7755a
 def _pct(x): return round(100*float(x), 2)
 
 def _dls(a, **kwargs):

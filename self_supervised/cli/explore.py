@@ -14,7 +14,7 @@ from ..encoders import *
 from ..checkpoints import *
 from ..explore import *
 
-# %% ../../nbs/api/55_cli.explore.ipynb #3ab5aff7
+# %% ../../nbs/api/55_cli.explore.ipynb #4565b2d1
 def _embedded(a):
     "`embed` with the options of the command line; unreadable files are printed"
     if a.encoder is None:
@@ -67,7 +67,7 @@ def embed_main():
     "Run `dino_embed` as a console command"
     sys.exit(run_command(dino_embed))
 
-# %% ../../nbs/api/55_cli.explore.ipynb #0db7a0be
+# %% ../../nbs/api/55_cli.explore.ipynb #e47e4ee2
 def _check_explore(a):
     if Path(a.out).suffix!='.html': raise ValueError(f"--out {a.out}: pass a name that ends in .html")
     check_writable(Path(a.out))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dino_train']
 
-# %% ../../nbs/api/51_cli.train.ipynb #43bc3e60
+# %% ../../nbs/api/51_cli.train.ipynb #b90421eb
 from .core import *
 from fastai.vision.all import *
 from fastcore.script import *
@@ -30,7 +30,7 @@ from ..vision.auto import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #f00d1e23
+# %% ../../nbs/api/51_cli.train.ipynb #54900e4a
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
@@ -137,7 +137,7 @@ def main():
     "Run `dino_train` as a console command"
     sys.exit(run_command(dino_train))
 
-# %% ../../nbs/api/51_cli.train.ipynb #dab7143d
+# %% ../../nbs/api/51_cli.train.ipynb #aafc2cda
 # names of the original implementation
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}
 
@@ -179,14 +179,14 @@ def _check(cfg):
                          "or another --out")
     check_writable(cfg.out, folder=True)
 
-# %% ../../nbs/api/51_cli.train.ipynb #b6891b07
+# %% ../../nbs/api/51_cli.train.ipynb #f7a16a28
 def _labelled_dls(cfg, opens):
     "Loaders of the labelled images; an unreadable folder raises an error here, not after an epoch of training"
     dls = labelled_dls(cfg.labels, cfg.size, cfg.bs, crop_pct=1, num_workers=cfg.num_workers, open_fn=opens)
     for dl in dls:
         dl.dataset.bad_files = cfg.out/'bad_files.jsonl'
         with random_kept(): plain_dl(dl).one_batch()
-    return dls
+    with random_kept(): return keep_labelled(dls)
 
 def _loaders(cfg):
     "Training loaders, and labelled loaders for k-NN accuracy, or None"
@@ -202,7 +202,7 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #098f20a1
+# %% ../../nbs/api/51_cli.train.ipynb #e452b107
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _saved(cfg):

@@ -14,7 +14,7 @@ from ..schedules import *
 from ..evaluation.finetune import *
 from .core import *
 
-# %% ../../nbs/api/42_vision.continued.ipynb #c1401bbf
+# %% ../../nbs/api/42_vision.continued.ipynb #3d540aad
 def layer_splitter(
     model:nn.Module # A model with a student, or an encoder
 )->L: # [no decay, decay] of trainable parameters, per layer of the student's encoder from the first, then the rest
@@ -33,7 +33,7 @@ def layer_scales(
     "Compute factors for layer-wise decay of the learning rate (Clark et al. 2020)"
     return np.repeat(decay**np.arange(n_groups//2-1, -1, -1.), 2)
 
-# %% ../../nbs/api/42_vision.continued.ipynb #5fcdcced
+# %% ../../nbs/api/42_vision.continued.ipynb #15c89dc4
 class HeadFirst(Callback):
     "Keep the encoder frozen in the first epochs, so that only the modules above it are trained"
     order,run_valid = MixedPrecision.order+1,False
@@ -75,7 +75,7 @@ def continue_pretrain(self:Learner,
     self.pretrain(n_epoch, lrs, min_lrs, warmup, ifnone(wd, d.wd), scale_lr, start_epoch,
                   L(HeadFirst(head_epochs))+L(cbs))
 
-# %% ../../nbs/api/42_vision.continued.ipynb #3de846f2
+# %% ../../nbs/api/42_vision.continued.ipynb #b7ade2d3
 def _adaptable(attn):
     "Names of the linear layers of an attention that it calls as layers; BEiT applies its qkv with a separate bias"
     separate_bias = getattr(attn, 'q_bias', None) is not None

@@ -63,7 +63,7 @@ def block_masks(
         mask |= block & ((bh<=h) & (bw<=w) & (new<=left))[:,None,None]
     return mask
 
-# %% ../../nbs/api/38_vision.parts.ipynb #af71cbc1
+# %% ../../nbs/api/38_vision.parts.ipynb #3cf6c380
 class IBOT(Part):
     "Predict the teacher's output for masked patches (iBOT; Zhou et al. 2022)"
     def __init__(self,
