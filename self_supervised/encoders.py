@@ -300,7 +300,7 @@ def check_sizes(
                          "sizes must be multiples of the patch size") from e
     return out.shape[1]
 
-# %% ../nbs/api/02_encoders.ipynb #4b0de5ee
+# %% ../nbs/api/02_encoders.ipynb #8720b5c6
 def encoder_of(
     x:Learner|nn.Module, # Learner, `DINOModel`, `nn.Sequential(MultiCropWrapper(enc), head)`, `MultiCropWrapper` or encoder
     who:str='teacher' # Network to use, if there are two: 'teacher' or 'student'

@@ -17,7 +17,7 @@ from .encoders import *
 from .checkpoints import *
 from .distributed import *
 
-# %% ../nbs/api/21_runs.ipynb #6f045928
+# %% ../nbs/api/21_runs.ipynb #df9e1ca6
 class _AtEpochEnd(Callback):
     "Call `epoch_done` once per trained epoch, even if another callback ends the fit in `after_epoch`"
     run_valid,stage = False,None
@@ -408,7 +408,7 @@ class History(_AtEpochEnd, CSVLogger):
             raise OSError(f"{self.fname} could not be written ({e.strerror or e}): free space or pass another folder, "
                           "and resume") from e
 
-# %% ../nbs/api/21_runs.ipynb #3d3360d9
+# %% ../nbs/api/21_runs.ipynb #dacaf6c5
 def _cpu():
     "Name of the processor; on Linux, Python does not know it"
     try: return re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())[1]
