@@ -81,7 +81,8 @@ def test_processes_train_every_method_as_one(tmp_path):
 def zeros(tmp_path_factory): return digits_path(tmp_path_factory.mktemp('digits'))/'test'/'0'
 
 @pytest.mark.parametrize('name', methods)
-def test_the_command_trains_with_every_method(name, tmp_path, capsys, zeros):
+def test_the_command_trains_with_every_method(name, tmp_path, capsys, monkeypatch, zeros):
+    if name not in ('dino','lejepa'): monkeypatch.setattr('self_supervised.cli.train.run_pictures', noop)      # most of the time of a small run
     args = ['--path', str(zeros), '--method', name, '--arch', 'convnet_mini', '--size', '16', '--epochs', '1', '--batch-size-per-gpu', '16', '--num-workers', '0', '--local-crops-number', '1']
     for n_in in (3,1):
         out,report = tmp_path/f'{n_in}',[] if (name,n_in) in (('dino',1),('lejepa',3)) else ['--no-report']          # of one and of two networks

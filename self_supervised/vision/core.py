@@ -633,7 +633,7 @@ class TorchOptim(OptimWrapper):
         return [{k:v for k,v in h.items() if is_number(v)} for h in super().hypers]
     def load_state_dict(self, sd):
         "Load a state, in the memory format of the parameters: the fused step reads values in the order of memory"
-        super().load_state_dict(sd)
+        self.opt.load_state_dict(sd)
         for p,state in self.opt.state.items():
             for k,v in state.items():
                 if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
