@@ -200,3 +200,28 @@ def test_an_encoder_that_is_older_than_the_run_is_not_taken(tmp_path):
     assert not same()                                            # the newer one, whatever it is
     os.utime(tmp_path/'encoder.safetensors', (0,0))
     assert same()
+
+def test_j_and_f_by_the_formulas_of_davis():
+    "Masks at 480p against the measures of Perazzi et al. 2016, with a dilation by a disk pixel by pixel"
+    from scipy.ndimage import binary_dilation
+    def edge(m):                                                 # a pixel whose right, lower or diagonal neighbour differs
+        m = m.astype(int)
+        e,s,d = m.copy(),m.copy(),m.copy()
+        e[:,:-1],s[:-1],d[:-1,:-1] = m[:,1:],m[1:],m[1:,1:]
+        b = (m^e)|(m^s)|(m^d)
+        b[-1],b[:,-1],b[-1,-1] = m[-1]^e[-1],m[:,-1]^s[:,-1],0
+        return b.astype(bool)
+    def plain(p, t):
+        r = math.ceil(.008*math.hypot(*t.shape))
+        y,x = np.ogrid[-r:r+1,-r:r+1]
+        disk,a,b = x*x+y*y<=r*r,edge(p),edge(t)
+        precision,recall = (a&binary_dilation(b, disk)).sum()/a.sum(),(b&binary_dilation(a, disk)).sum()/b.sum()
+        return (p&t).sum()/(p|t).sum(), 2*precision*recall/(precision+recall)
+    rng,(h,w) = np.random.RandomState(0),(240,427)
+    y,x = np.mgrid[:h,:w]
+    masks = [sum(((y-cy)/a)**2+((x-cx)/b)**2<1+.3*np.sin(k*np.arctan2(y-cy, x-cx)) for cy,cx,a,b,k in zip(rng.uniform(60,180,3), rng.uniform(80,340,3), rng.uniform(15,60,3), rng.uniform(15,60,3), (3,5,9)))>0 for _ in range(4)]
+    true = np.stack(masks); pred = np.stack([np.roll(m, (s,2*s), (0,1))^(rng.rand(h,w)<.0005) for s,m in enumerate(masks)])
+    want = np.array([plain(p, t) for p,t in zip(pred, true)])
+    for (j,f),p,t in zip(want, pred, true): assert abs(mask_j(p, t)-j)<1e-9 and abs(mask_f(p, t)-f)<1e-9
+    s = video_scores(pred.astype(int), true.astype(int)).iloc[0]
+    assert np.allclose([s.J,s.F,s['J&F']], [*want[1:-1].mean(0), want[1:-1].mean()], atol=1e-9)

@@ -421,3 +421,22 @@ with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(cpu=True, sync_bn=Fal
 def test_two_processes_with_a_spawned_worker_each(few_images, tmp_path):
     launch(tmp_path, 2, SPAWNED)
     assert 'nan' not in (tmp_path/'0.txt').read_text() and (tmp_path/'1.txt').exists()
+
+# ---- rare realities of labelled folders
+
+def test_dino_eval_names_copies_over_the_split_and_reports_uneven_classes(tmp_path):
+    rng,d = np.random.RandomState(0),tmp_path/'d'
+    for s,n in (('train',20),('test',16)):
+        for c in 'ab': (d/s/c).mkdir(parents=True)
+        for i in range(n):
+            for c in 'ab'[:2 if i<5 else 1]: Image.fromarray(rng.randint(0, 255, (5,5,3), dtype=np.uint8)).resize((30,40)).save(d/s/c/f'{i}.jpg')
+    for i in (2,4): Image.open(d/'train'/'b'/f'{i}.jpg').resize((60,80)).save(d/'test'/'b'/f'copy{i}.jpg', quality=60)
+    (d/'test'/'a'/'0.jpg').write_bytes(b'')
+    out = tmp_path/'e.json'
+    _,messages = said(lambda: dino_eval('knn', ['pixels'], data=str(d), out=str(out), size=16, no_progress=True, k=[1]))
+    line, = [o for o in messages if 'copies of training images' in o]
+    assert line.startswith('2 of 23 test images') and f"{d}/test/b/copy2.jpg of {d}/train/b/2.jpg" in line and 'groups' in line
+    row, = json.loads(out.read_text())['table']
+    assert 'balanced' in row and abs(row['top-1']*.22-round(row['top-1']*.22))<3e-3        # of 22 test images, not 23
+    _,messages = said(lambda: dino_eval('knn', ['pixels'], data=str(d), out=str(out), size=16, no_progress=True, k=[1], groups=r'(\d+)\.jpg'))
+    assert not [o for o in messages if 'copies' in o]

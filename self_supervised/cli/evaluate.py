@@ -29,7 +29,7 @@ from ..evaluation.segmentation import *
 from ..evaluation.unlabelled import *
 from ..plots import *
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #4d59deb5
+# %% ../../nbs/api/52_cli.evaluate.ipynb #5aff6078
 def _json_file(a):
     "The file to write: in the run directory for one run, else in the current directory"
     one = len(a.encoders)==1 and Path(a.encoders[0]).is_dir()
@@ -107,6 +107,9 @@ def dino_eval(
     file = _json_file(a)
     if masks_out: check_writable(masks_out, folder=True)
     start,found = time.time(),{e: _evaluate(a, e) for e in a.encoders}
+    if protocol in _labelled[:-1] and data and not groups:
+        n = ifnone(n_in, 3)
+        warn_duplicates(_dls(AttrDict(a, n_in=n, opens=opener(n, named_open_fn(open_fn)))))
     tables = {e:t for e,(t,_) in found.items()}
     table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
     res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits',
@@ -269,9 +272,9 @@ def _check(a, given):
         raise ValueError(f"--{o.replace('_','-')} is an option of {others}, not of {a.protocol}: leave it out")
     for o,low in _minimum.items(): check_range(o, a[o], low)
 
-# %% ../../nbs/api/52_cli.evaluate.ipynb #62fa9384
+# %% ../../nbs/api/52_cli.evaluate.ipynb #34b58fa4
 @figure_style()
-def _figure(enc, im, keep, query):
+def _figure(enc, im, keep, query, name=None):
     "Figure with attention maps, masks, and patch features of one image"
     n   = max(2, nested_attr(nested_attr(enc, 'blocks', [None])[-1], 'attn.num_heads', 2))
     fig = plt.figure(figsize=(2*(1+n), 3*(.35+2*im.height/im.width)), layout='constrained')
@@ -281,8 +284,11 @@ def _figure(enc, im, keep, query):
     show_patch_pca(enc, im, axs=axs[2:,[0,2]])
     show_heads(enc, im, keep, axs=axs[2:,:2])
     axs[2,1].get_legend().remove()                               # the titles show the colours
-    for ax,c in zip(axs[1,1:], head_colors(n)): ax.set_title(ax.get_title(), color=c)
+    for ax,c in zip(axs[1,1:], head_colors(n)):                  # yellow letters on white, or white ones on yellow, cannot be read
+        ax.set_title(ax.get_title(), color='black' if c@(.3,.59,.11)>.5 else 'white', bbox=dict(fc=c, ec='none', pad=2))
     for ax,t in zip(axs[2], ('image','all heads','PCA of patches')): ax.set_title(t)
+    of = f"patch {query[0]}, {query[1]} (row, column)" if query else 'the class token'
+    fig.suptitle(f"{name or 'Image'}: attention of {of} in the last block; masks hold {100*keep:g}% of it")
     for ax in axs.flat: ax.axis('off')
     return fig
 
@@ -320,7 +326,7 @@ def dino_attention(
     else:
         if file.suffix not in ('.png','.pdf','.svg','.jpg'):
             raise ValueError(f"--out {file}: pass a name that ends in .png, .pdf, .svg or .jpg")
-        fig = _figure(enc, frames[0], ifnone(keep, .6), query and tuple(query))
+        fig = _figure(enc, frames[0], ifnone(keep, .6), query and tuple(query), src.name)
         with atomic_path(file) as tmp: fig.savefig(tmp, format=file.suffix[1:], dpi=110)
         plt.close(fig)
     print(f"{image}: {file}")

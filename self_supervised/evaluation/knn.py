@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['knn_classifier', 'mean_hits', 'top_hits', 'accuracy_of', 'uneven_classes', 'group_split', 'labelled_features',
-           'split_features', 'knn_accuracy']
+           'split_features', 'knn_accuracy', 'split_duplicates', 'warn_duplicates']
 
 # %% ../../nbs/api/10_evaluation.knn.ipynb #38240f5a
 import numbers
@@ -195,3 +195,43 @@ def knn_accuracy(
     scores = knn_classifier(ftr, ytr, fte, k, T, n_classes=n_classes, device=device_of(encoder_of(model)))
     def acc(k, s): return accuracy_of(s, yte, min(top, int(k)), balanced)      # k neighbours vote for k classes at most
     return {k:acc(k, s) for k,s in scores.items()} if isinstance(scores, dict) else acc(k, scores)
+
+# %% ../../nbs/api/10_evaluation.knn.ipynb #bd9a9156
+def _thumbnails(dl, side):
+    "Thumbnails of all images, (n, C*side*side), and their indices in the data set"
+    dl = plain_dl(dl)
+    f  = torch.cat([F.adaptive_avg_pool2d(to_unit(image_batch(b)[0]).float(), side).flatten(1).cpu() for b in dl])
+    return f,read_idxs(dl).tolist() if isinstance(dl, DataLoader) else range(len(f))
+
+def split_duplicates(
+    dls:DataLoaders, # The first loader for training, the second for testing
+    threshold:float=.995, # Minimum cosine similarity of thumbnails
+    side:int=16, # Size of the thumbnails, in pixels
+    chunk:int=512 # Number of rows per chunk
+)->pd.DataFrame: # Columns test, train and similarity: files, or indices; most similar first
+    "Find test images of which the training images have a copy"
+    (a,ia),(b,ib) = (_thumbnails(dl, side) for dl in (dls[0],dls[1]))
+    mean  = a.mean(0)
+    a,b   = (F.normalize(o-mean, dim=-1) for o in (a,b))
+    best  = [(o@a.T).max(1) for o in b.split(chunk)]
+    s,j   = torch.cat([o.values for o in best]),torch.cat([o.indices for o in best])
+    names = [getattr(getattr(dl, 'dataset', None), 'items', None) for dl in (dls[0],dls[1])]
+    named = lambda k, i: i if names[k] is None else names[k][i]
+    rows  = [dict(test=named(1, ib[i]), train=named(0, ia[j[i]]), similarity=s[i].item())
+             for i in (s>=threshold).nonzero().flatten().tolist()]
+    df = pd.DataFrame(rows, columns=['test','train','similarity'])
+    return df.sort_values('similarity', ascending=False, kind='stable', ignore_index=True)
+
+def warn_duplicates(
+    dls:DataLoaders, # The first loader for training, the second for testing
+    n_max:int=50_000 # Do not look at more images
+)->pd.DataFrame|None: # Result of `split_duplicates`; None if there are more images
+    "Warn if test images have copies among the training images"
+    data = [getattr(dl, 'dataset', None) for dl in (dls[0],dls[1])]
+    if not all(hasattr(o, '__len__') for o in data) or sum(map(len, data))>n_max: return
+    df = split_duplicates(dls)
+    if len(df):
+        few = ', '.join(f'{o.test} of {o.train}' for o in df[:3].itertuples())
+        warnings.warn(f"{len(df)} of {len(data[1])} test images are copies of training images, such as {few}: "
+                      "accuracy is too high; remove them, or pass groups that keep copies on one side")
+    return df

@@ -13,7 +13,7 @@ from .knn import *
 from .linear import *
 from .lowshot import *
 
-# %% ../../nbs/api/18_evaluation.table.ipynb #95929d85
+# %% ../../nbs/api/18_evaluation.table.ipynb #7f163099
 def raw_pixels(
     dls:DataLoaders, # Images of one size
     side:int=32 # Maximum image size in pixels; larger images are averaged down
@@ -32,6 +32,7 @@ def probe_table(
 )->pd.DataFrame: # Percent; low-shot accuracy as 'mean ± standard deviation' over the subsets
     "Compute k-NN, linear and low-shot accuracy of each model; also balanced accuracy if classes are uneven"
     rows = {}
+    warn_duplicates(dls)
     for name,m in progress_bar(models.items(), leave=False) if progress else models.items():
         m,who = m if isinstance(m, tuple) else (m,'teacher')
         ftr,ytr,fte,yte = split_features(m, dls, who=who)
