@@ -101,7 +101,7 @@ def _stem_code(stem):
 
 def timm_call(
     file:str|Path # File that `export_encoder` wrote
-)->str|None: # Line of Python; with a first layer for small images, statements that define `encoder`; None if timm does not know the model
+)->str|None: # Line of Python, or statements that define `encoder`; None if timm does not know the model
     "Write the line of Python that loads an exported encoder with timm, and imports the module that registers it"
     with safe_open(file, 'pt') as f: meta = f.metadata() or {}
     args,mean,std = (json.loads(meta.get(k, 'null')) for k in ('args','mean','std'))
@@ -113,7 +113,9 @@ def timm_call(
     module = timm.models.model_entrypoint(name).__module__ if timm.is_model(name) else 'timm'
     note   = f"   # after the code that registers {name} with timm" if module=='__main__' else ''
     need   = '' if module.split('.')[0] in ('timm','__main__') else f'import {module}; '
-    if stem: return f"{need}encoder = timm.create_model({call}{norm}); {_stem_code(stem)}timm.models.load_checkpoint(encoder, {str(file)!r})"
+    if stem:
+        return (f"{need}encoder = timm.create_model({call}{norm}); {_stem_code(stem)}"
+                f"timm.models.load_checkpoint(encoder, {str(file)!r})")
     return f"{need}timm.create_model({call}, checkpoint_path={str(file)!r}{norm}){note}"
 
 _foreign = 'load weights of other projects into an encoder with load_dino_weights(encoder, file)'

@@ -27,7 +27,8 @@ def choose_method(
 )->tuple: # Name of the method, one of `methods`, and the reason as a sentence
     "Choose the method that measured best for a number of images"
     if n_images<_many_images:
-        return 'lejepa',f"LeJEPA for {n_images:,} images: below {_many_images:,} it was more accurate than DINO in all comparisons"
+        return 'lejepa',(f"LeJEPA for {n_images:,} images: below {_many_images:,} "
+                         "it was more accurate than DINO in all comparisons")
     return 'dino',f"DINO for {n_images:,} images: its published results are for a million images"
 
 @delegates(method_learner, keep=True)
@@ -35,7 +36,7 @@ def pretrain_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
     arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of the method's `create`
     method:str='auto', # 'auto' for the result of `choose_method`, with a printed line; or one of `methods`
-    precision:str|None='auto', # 'auto' for bf16 where the device computes it, also on a CPU; else see `method_learner`
+    precision:str|None='auto', # 'auto': bf16 where the device computes it, also on a CPU; else see `method_learner`
     **kwargs
 )->Learner: # Train it with `learn.pretrain(epochs)`
     "Create a learner that pretrains `arch` with the method for the number of images"
