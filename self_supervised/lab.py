@@ -26,6 +26,7 @@ from .vision.core import *
 from .vision.dino import *
 from .vision.parts import *
 from .vision.auto import *
+from .plots import history_df
 
 # %% ../nbs/api/41_lab.ipynb #57c11313
 baselines = {'raw pixels':dict(method='pixels'), 'untrained':dict(method='untrained')}
@@ -146,6 +147,8 @@ def run_variant(
     stats = learn.view_stats or {}
     out = dict(loss=learn.recorder.values[-1][0], entropy=stats.get('entropy'), KL=stats.get('kl'),
                seconds=time.time()-start, cpu_seconds=time.process_time()-cpu)
+    df = history_df(learn)
+    out['curves'] = {c: df[c].round(4).tolist() for c in df if c!='epoch' and pd.api.types.is_numeric_dtype(df[c])}
     if minutes: out['trained_epochs'] = epochs
     if not hasattr(learn.model, 'teacher'): return out | measure(learn, labelled, 'student')
     return out | measure(learn, labelled) | {f'student {k}':v for k,v in measure(learn, labelled, 'student').items()}
