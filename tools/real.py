@@ -34,6 +34,7 @@ EXPERIMENTS = dict(
     lejepa   = {'LeJEPA': lejepa, 'learning rate / 2': lejepa | dict(lr=1e-2), 'learning rate x 2': lejepa | dict(lr=4e-2),
                 'batch 32': lejepa | dict(bs=32), '4 local crops': lejepa | dict(num_crops=(2,4)),
                 'projector 512 wide': lejepa | dict(hidden_dim=512), 'batch 128': lejepa | dict(bs=128)},
+    hour     = {'convnet_mini, twice as wide': lejepa | dict(nf=(64,128,256))},
     backbone = {'small ResNet': lejepa | mini, 'small ResNet, learning rate x 5': lejepa | mini | dict(lr=2e-2),
                 'small ResNet, stem of timm': lejepa | mini | dict(small_images=False),
                 'small ResNet, DINO': dino | mini})
