@@ -170,7 +170,7 @@ def sweep_features(
     res[acc] = (100*res[acc]).round(1)
     return res.reset_index(drop=True), sweep.heads[res.index[0]]
 
-# %% ../../nbs/api/11_evaluation.linear.ipynb #27e6f051
+# %% ../../nbs/api/11_evaluation.linear.ipynb #da83142d
 def probe_view(
     size:int=224, # Crop size in pixels
     n_in:int=3 # Number of image channels
@@ -206,10 +206,9 @@ def linear_probe(
     if augment is not None:
         if groups is not None:
             raise ValueError("augment with groups: split the DataLoaders by group, and pass them without groups")
-        augment_dl = ifnone(augment_dl, dls[0])
-        n,n_aug = len(dls[0].dataset),len(augment_dl.dataset)
+        n,n_aug = (len(getattr(dl, 'dataset', dl)) for dl in (dls[0],ifnone(augment_dl, dls[0])))
         if n_aug!=n: raise ValueError(f"{n_aug} images in augment_dl, {n} in the training loader: pass the same images")
-        batches = partial(_augmented, model, augment_dl, dls[0], augment, bs, **kw)
+        batches = partial(_augmented, model, ifnone(augment_dl, dls[0]), dls[0], augment, bs, **kw)
     enc = encoder_of(model, kwargs.get('who', 'teacher'))
     table,best = sweep_features(ftr, ytr, fte, yte, parts, lrs, epochs, bs, valid_pct, seed, batches, gtr,
                                 device_of(enc), kwargs.get('progress', False))
