@@ -1455,6 +1455,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'self_supervised.plain.unpack_layers': ('api/plain.html#unpack_layers', 'self_supervised/plain.py')},
             'self_supervised.plots': { 'self_supervised.plots._as_images': ('api/plots.html#_as_images', 'self_supervised/plots.py'),
                                        'self_supervised.plots._grow': ('api/plots.html#_grow', 'self_supervised/plots.py'),
+                                       'self_supervised.plots._show_row': ('api/plots.html#_show_row', 'self_supervised/plots.py'),
                                        'self_supervised.plots.attention_video': ( 'api/plots.html#attention_video',
                                                                                   'self_supervised/plots.py'),
                                        'self_supervised.plots.for_encoder': ('api/plots.html#for_encoder', 'self_supervised/plots.py'),

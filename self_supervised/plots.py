@@ -63,6 +63,22 @@ def plot_history(
     return axs
 
 # %% ../nbs/api/40_plots.ipynb #ea8b36cb
+def _show_row(
+    pics:list, # Images of any sizes
+    titles:list, # Title of each image, or None
+    wrong:list, # Whether each image gets a red frame
+    ax:plt.Axes # Axes to plot on
+):
+    "Show images side by side in one Axes, each centred in a square of side 1"
+    for i,(im,title) in enumerate(zip(pics, titles)):
+        w,h = im.size if isinstance(im, Image.Image) else (im.shape[-1],im.shape[-2])
+        w,h = w/max(w,h),h/max(w,h)
+        x,y = 1.15*i+(1-w)/2,(1-h)/2                             # .15: space between the images
+        show_image(im, ctx=ax, extent=(x,x+w,y,y+h))
+        if title: ax.text(1.15*i+.5, 1.07, title, ha='center', fontsize=plt.rcParams['axes.titlesize'])
+        if wrong[i]: ax.add_patch(plt.Rectangle((x,y), w, h, fill=False, ec='red', lw=2, clip_on=False))
+    ax.set(xlim=(0,1.15*len(pics)-.15), ylim=(0,1))
+
 @figure_style()
 def show_neighbours(
     feats:Tensor, # Features of all images, (n, d)
@@ -70,7 +86,7 @@ def show_neighbours(
     queries:list, # Indices of the query images
     k:int=8, # Number of neighbours to show
     labels:Tensor|None=None, # Classes (n,), to mark neighbours of another class
-    axs:np.ndarray|None=None # Axes, (queries, 1+k)
+    axs:np.ndarray|None=None # Axes, (queries, n): each shows its part of the 1+k images of a row; default: n=1
 )->np.ndarray: # The Axes
     "Show images and their nearest neighbours by cosine similarity, one row per image"
     n = len(feats)-1
@@ -78,14 +94,15 @@ def show_neighbours(
     f,q = F.normalize(feats, dim=-1),list(queries)
     sim = f[q]@f.T
     sim[range(len(q)),q] = -2                                    # not itself
-    if axs is None: axs = plt.subplots(len(q), 1+k, figsize=(1.1*(1+k),1.15*len(q)), squeeze=False)[1]
+    if axs is None: axs = plt.subplots(len(q), 1, figsize=(1.1*(1+k),1.15*len(q)), squeeze=False)[1]
     for row,(i,ids) in enumerate(zip(q, sim.topk(k).indices.tolist())):
-        for col,j in enumerate([i]+ids):
-            im,ax = images[j],axs[row,col]
-            title = None if row else 'query' if col==0 else str(col)
-            show_image(as_picture(im[0] if isinstance(im, tuple) else im), ctx=ax, title=title)
-            if labels is not None and labels[j]!=labels[i]:
-                ax.add_patch(plt.Rectangle((0,0), 1, 1, transform=ax.transAxes, fill=False, ec='red', lw=3))
+        titles = [None]*(1+k) if row else ['query',*map(str, range(1, 1+k))]
+        for ax,cols in zip(axs[row], np.array_split(range(1+k), len(axs[row]))):
+            shown = [([i]+ids)[c] for c in cols]
+            pics  = [images[j] for j in shown]
+            pics  = [as_picture(im[0] if isinstance(im, tuple) else im) for im in pics]
+            wrong = [labels is not None and bool(labels[j]!=labels[i]) for j in shown]
+            _show_row(pics, [titles[c] for c in cols], wrong, ax)
     return axs
 
 # %% ../nbs/api/40_plots.ipynb #5d773231
