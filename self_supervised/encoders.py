@@ -6,8 +6,8 @@
 __all__ = ['says_what_fits', 'create_encoder', 'small_image_options', 'replace_stem', 'deit_tiny', 'deit_small', 'vit_base',
            'MiniConvNet', 'convnet_mini', 'vit_mini_patch4_16', 'ClassTokenAttention', 'ClassTokenBlock',
            'ClassTokenViT', 'skip_unused_tokens', 'set_attention', 'features_and_tokens', 'MultiCropWrapper',
-           'eval_mode', 'device_of', 'channels_of', 'first_line', 'check_input', 'native_size', 'check_sizes',
-           'encoder_of', 'method_of', 'eager', 'last_attention', 'patch_size', 'has_class_token', 'has_tokens',
+           'eval_mode', 'device_of', 'channels_of', 'first_line', 'check_input', 'native_size', 'patch_size',
+           'check_sizes', 'encoder_of', 'method_of', 'eager', 'last_attention', 'has_class_token', 'has_tokens',
            'whole_patches', 'attention_maps', 'vit_tokens', 'vit_features', 'image_feature', 'device_named']
 
 # %% ../nbs/api/02_encoders.ipynb #4ecd63ea
@@ -326,6 +326,15 @@ def native_size(
     size = nested_attr(encoder, 'patch_embed.img_size', None) or (getattr(encoder, 'pretrained_cfg', None) or {}).get('input_size', 64)
     return size if isinstance(size, int) else size[-1]
 
+def patch_size(
+    encoder:nn.Module # Encoder
+)->tuple|None: # Patch size in pixels, (height, width); None if the encoder has no patches
+    "Return the patch size of an encoder, including the stride of the convolutions of a hybrid model"
+    pe = getattr(encoder, 'patch_embed', None)
+    if hasattr(pe, 'feat_ratio'): return tuple(pe.feat_ratio(as_scalar=False))
+    p = getattr(pe, 'patch_size', None)
+    return (p,p) if isinstance(p, int) else tuple(p) if p is not None else None
+
 def check_sizes(
     encoder:nn.Module, # Module that maps images to (bs, n_features)
     sizes:list, # Crop sizes in pixels, or (height, width)
@@ -410,15 +419,6 @@ def last_attention(
             getattr(encoder, 'forward_features', encoder)(x)             # all tokens
     finally: hook.remove()
     return maps[0]
-
-def patch_size(
-    encoder:nn.Module # Encoder
-)->tuple|None: # Patch size in pixels, (height, width); None if the encoder has no patches
-    "Return the patch size of an encoder, including the stride of the convolutions of a hybrid model"
-    pe = getattr(encoder, 'patch_embed', None)
-    if hasattr(pe, 'feat_ratio'): return tuple(pe.feat_ratio(as_scalar=False))
-    p = getattr(pe, 'patch_size', None)
-    return (p,p) if isinstance(p, int) else tuple(p) if p is not None else None
 
 def has_class_token(
     encoder:nn.Module # Encoder

@@ -72,5 +72,5 @@ def test_a_resumed_run_keeps_its_first_layer_and_its_head(folder, tmp_path, monk
 
 def test_the_command_chooses_the_method_and_says_which(folder, tmp_path, no_figures):
     state,said = command(folder, tmp_path, '--epochs', '1', '--method', 'auto', '--arch', 'convnet_mini')
-    assert not any(k.startswith('teacher') for k in state['model']) and 'LeJEPA for 4 images' in said and '--method dino' in said
+    assert not any(k.startswith('teacher') for k in state['model']) and 'LeJEPA for 4 images: ahead of DINO' in said
     assert command(folder, tmp_path, '--epochs', '2', '--method', 'auto', '--arch', 'convnet_mini', '--resume')[0]['epoch']>state['epoch']

@@ -273,7 +273,7 @@ def _make_learner(cfg, dls, labelled):
     if cfg.method=='auto':
         cfg.precision     = cfg.precision or 'auto'
         cfg.method,reason = choose_method(len(dls.train_ds))
-        if not cfg.rank: print(f"{reason}; another method by name, such as --method dino")
+        if not cfg.rank: print(reason)
     kind = methods[cfg.method]
     drop = ifnone(cfg.drop_path_rate, .1 if cfg.method in ('dino','simdino') else 0.)
     enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop, **_size_options(cfg))

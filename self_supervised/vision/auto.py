@@ -27,9 +27,8 @@ def choose_method(
 )->tuple: # Name of the method, one of `methods`, and the reason as a sentence
     "Choose the method that measured best for a number of images"
     if n_images<_many_images:
-        return 'lejepa',(f"LeJEPA for {n_images:,} images: below {_many_images:,} "
-                         "it was more accurate than DINO in all comparisons")
-    return 'dino',f"DINO for {n_images:,} images: its published results are for a million images"
+        return 'lejepa',f"LeJEPA for {n_images:,} images: ahead of DINO in all comparisons below {_many_images:,}"
+    return 'dino',f"DINO for {n_images:,} images: its published results are for a million"
 
 @delegates(method_learner, keep=True)
 def pretrain_learner(
@@ -44,5 +43,5 @@ def pretrain_learner(
         raise ValueError(f"method={method!r}: pass 'auto', {', '.join(map(repr, methods))}")
     if method=='auto':
         method,reason = choose_method(n_images(image_dls(dls).train))
-        if not rank_distrib(): print(f"{reason}; another method by name, such as method='dino'")
+        if not rank_distrib(): print(reason)
     return method_learner(methods[method], dls, arch, precision=precision, **kwargs)
