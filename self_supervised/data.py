@@ -668,7 +668,8 @@ class ReadableDL(FilesDL):
             error = "it can be read again"
             try: ds[i]
             except Exception as e: error = f"{type(e).__name__}: {e}"
-            done = "no replacement was found" if j<0 else "left out" if self.leaves_out else f"replaced by {_shown(ds.items[j])}"
+            if j<0: done = "no replacement was found"
+            else: done = "left out" if self.leaves_out else f"replaced by {_shown(ds.items[j])}"
             rows.append(dict(path=str(fn), error=error, done=done))
             if len(ds.reported)<=_max_named: warnings.warn(f"could not read {_shown(fn)} ({error}): {done}")
         if rows and ds.bad_files: list_bad_files(ds.bad_files, rows)
@@ -1266,7 +1267,8 @@ def keep_labelled(
         read = dl.new(shuffle=False, drop_last=False, device='cpu', after_batch=[])
         xs,ys = zip(*as_in_validation(read))
         ds  = LabelledImages(*(torch.cat([o.as_subclass(Tensor) for o in os]) for os in (xs,ys)), dl.vocab)
-        res = TfmdDL(ds, dl.bs, shuffle=dl.shuffle, drop_last=dl.drop_last, num_workers=0, device=dl.device, after_batch=dl.after_batch.fs)
+        res = TfmdDL(ds, dl.bs, shuffle=dl.shuffle, drop_last=dl.drop_last, num_workers=0, device=dl.device,
+                     after_batch=dl.after_batch.fs)
         res._n_inp,res._types = 1,{tuple: [TensorImage,TensorCategory]}
         return res
     return DataLoaders(*map(kept, dls), path=dls.path, device=dls.device)

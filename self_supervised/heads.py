@@ -27,7 +27,8 @@ class WeightNormLinear(Module):
 
 # %% ../nbs/api/03_heads.ipynb #2b76f530
 def _hidden(dims, use_bn, act):
-    return [l for i,o in zip(dims, dims[1:]) for l in [nn.Linear(i,o)] + ([nn.BatchNorm1d(o)] if use_bn else []) + [act()]]
+    layers = [(nn.Linear(i,o), nn.BatchNorm1d(o) if use_bn else None, act()) for i,o in zip(dims, dims[1:])]
+    return [l for ls in layers for l in ls if l is not None]
 
 def mlp(
     dims:list, # Numbers of features: input, hidden layers, output
@@ -67,7 +68,7 @@ class DINOHead(Module):
                 nn.init.zeros_(l.bias)
         self.mlp = layers[0] if nlayers==1 and layers else nn.Sequential(*layers)
         if bottleneck_dim is None: self.last_layer = nn.Linear(dims[-1], out_dim, bias=False)
-        else:                      self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_g=not norm_last_layer)
+        else: self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_g=not norm_last_layer)
 
     def forward(self,
         x:Tensor # Features (n, in_dim)

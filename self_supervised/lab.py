@@ -95,7 +95,8 @@ def _learner(method, dls, arch, aug_pipelines, settings):
     views = {k:settings.pop(k) for k in _view_names() if k in settings}
     if aug_pipelines: pipes = aug_pipelines(views.pop('num_crops', (2,4)), **views)
     elif views:
-        with random_kept(): enc = create_encoder(arch, **{k:v for k,v in settings.items() if k in ('patch_size','img_size')})
+        sizes = {k:v for k,v in settings.items() if k in ('patch_size','img_size')}
+        with random_kept(): enc = create_encoder(arch, **sizes)
         pipes = method.views(**view_defaults(min(dls.one_batch()[0].shape[-2:]), method.views, patch_size(enc)) | views)
     else: pipes = None
     learn = method_learner(method, dls, arch, pipes, **settings)
@@ -103,7 +104,7 @@ def _learner(method, dls, arch, aug_pipelines, settings):
     return learn,fit
 
 def epochs_in(
-    minutes:float, # CPU time of the training in minutes, summed over threads: what else runs on the machine does not change it
+    minutes:float, # CPU time of the training in minutes, summed over threads; other processes do not change it
     make:Callable, # Function that creates the learner
     n:int=10 # Number of batches to time
 )->int: # At least 1
@@ -127,7 +128,7 @@ def run_variant(
     arch:str='convnet_mini', # timm model name
     epochs:int=30, # Number of epochs
     seed:int=0, # Seed of weights, crops and order of the images
-    aug_pipelines:Callable|None=get_digits_aug_pipelines, # Function of `num_crops` that returns the views; None: the method's
+    aug_pipelines:Callable|None=get_digits_aug_pipelines, # Function of `num_crops` that returns views; None: by method
     labelled:DataLoaders|None=None, # Labelled images to measure with; default: `dls`
     minutes:float|None=None # Train for as many epochs as fit into this CPU time, instead of `epochs`
 )->dict: # Values by column; those of the student have the prefix 'student '
@@ -194,8 +195,8 @@ def ablate(
 )->pd.DataFrame: # `read_runs(out)`
     """Train and measure each variant with each seed; completed runs are skipped.
 
-    A variant may have its own `arch`, `epochs`, `minutes` and `bs`. Built-in images have the views of the digits, those of
-    a folder the views of each method."""
+    A variant may have its own `arch`, `epochs`, `minutes` and `bs`. Built-in images have the views of the digits,
+    those of a folder the views of each method."""
     out = Path(out)
     check_writable(out, folder=True).mkdir(parents=True, exist_ok=True)
     if chosen is None: chosen = baselines | variants
@@ -223,7 +224,7 @@ def ablate(
     return runs
 
 def _data(data, bs, holdout, size):
-    "Training images, a function of the numbers of crops that returns the views, or None for the method's, and labelled images"
+    "Training images, a function of the numbers of crops that returns views (None: the method's), and labelled images"
     if data in data_sets: return data_sets[data](bs=bs, holdout=holdout),get_digits_aug_pipelines,None
     labelled = labelled_dls(data, size, bs, crop_pct=1)
     files    = list(labelled.train_ds.items)

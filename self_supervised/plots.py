@@ -73,7 +73,7 @@ def _show_row(
     for i,(im,title) in enumerate(zip(pics, titles)):
         w,h = im.size if isinstance(im, Image.Image) else (im.shape[-1],im.shape[-2])
         w,h = w/max(w,h),h/max(w,h)
-        x,y = 1.15*i+(1-w)/2,(1-h)/2                             # .15: space between the images
+        x,y = 1.15*i+(1-w)/2,(1-h)/2                             # 0.15: space between the images
         show_image(im, ctx=ax, extent=(x,x+w,y,y+h))
         if title: ax.text(1.15*i+.5, 1.07, title, ha='center', fontsize=plt.rcParams['axes.titlesize'])
         if wrong[i]: ax.add_patch(plt.Rectangle((x,y), w, h, fill=False, ec='red', lw=2, clip_on=False))
@@ -145,7 +145,7 @@ def show_tsne(
     if ax is None: ax = plt.subplots(figsize=(5,5))[1]
     if means:
         ax.scatter(*xy.T, s=12)
-        for (a,b),c in zip(xy, y): ax.annotate(name(c), (a,b), xytext=(3,3), textcoords='offset points', fontsize='small')
+        for p,c in zip(xy, y): ax.annotate(name(c), p, (3,3), textcoords='offset points', fontsize='small')
     else:
         colors = figure_colors if len(classes)<=10 else plt.colormaps['tab20'].colors
         for j,c in enumerate(classes):
@@ -188,7 +188,7 @@ def _grow(m, shape):
 @figure_style()
 def show_attention(
     encoder:Learner|nn.Module, # Vision transformer of timm, or a learner or model that contains one
-    x:Tensor|Image.Image, # Images (bs,C,H,W) or one (C,H,W), uint8 or in [0,1]; a Pillow image, a file, or a list of those
+    x:Tensor|Image.Image, # Images (bs,C,H,W) or one (C,H,W), uint8 or in [0,1]; a Pillow image, a file, or a list
     stats:tuple|None=None, # Mean and std to normalise with; default: the model's own
     keep:float|None=None, # Show masks with this fraction of the attention, for example 0.6; None: the attention itself
     query:tuple|None=None, # Row and column of the query patch; None: the class token

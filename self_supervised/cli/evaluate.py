@@ -284,7 +284,7 @@ def _figure(enc, im, keep, query, name=None):
     show_patch_pca(enc, im, axs=axs[2:,[0,2]])
     show_heads(enc, im, keep, axs=axs[2:,:2])
     axs[2,1].get_legend().remove()                               # the titles show the colours
-    for ax,c in zip(axs[1,1:], head_colors(n)):                  # yellow letters on white, or white ones on yellow, cannot be read
+    for ax,c in zip(axs[1,1:], head_colors(n)):                  # text in yellow on white cannot be read
         ax.set_title(ax.get_title(), color='black' if c@(.3,.59,.11)>.5 else 'white', bbox=dict(fc=c, ec='none', pad=2))
     for ax,t in zip(axs[2], ('image','all heads','PCA of patches')): ax.set_title(t)
     of = f"patch {query[0]}, {query[1]} (row, column)" if query else 'the class token'

@@ -31,25 +31,27 @@ from ..lab import *
 from ..report import *
 
 # %% ../../nbs/api/51_cli.train.ipynb #54900e4a
+_pair = Annotated[float, {'nargs':2}]                            # two values of an option
+
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
     out:str=None, # Run directory to write to (default: runs/ARCH; runs/digits for the demo)
-    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, lejepa, or auto for the one that measured best for the number of images
-    arch:str=None, # Backbone: timm name, or vit_tiny, vit_small, vit_base, deit_tiny, deit_small (default: vit_small; demo: convnet_mini)
+    method:str='dino', # Method: dino, byol, moco, swav, simclr, barlowtwins, simdino, lejepa, or auto (by image count)
+    arch:str=None, # Backbone: timm name, or vit_ or deit_tiny, _small, _base (default: vit_small; demo: convnet_mini)
     patch_size:int=None, # Patch size of a ViT in pixels; smaller is more accurate and slower
-    small_images:bool_arg=None, # Adapt the first layer of ResNets, ConvNeXts and ViTs to small images, true or false (default: below 64 pixels)
+    small_images:bool_arg=None, # Adapt the first layer to small images: true or false (default: below 64 pixels)
     epochs:int=None, # Number of epochs (default: 100; 40 for convnet_mini in the demo)
     batch_size_per_gpu:int=64, # Batch size per rank
     size:int=256, # Image size in pixels, from which crops are taken; 16 for the demo
     n_in:int=3, # Number of input channels: 3 for colour images, 1 for grey images; other numbers with --open-fn
-    open_fn:str=None, # Function that opens an image file, as module:function, and returns an array (H,W,C); every file is opened
-    labels:str=None, # Labelled images in class folders (or in train/ and test/ of them), for k-NN accuracy and the final evaluation
+    open_fn:str=None, # Function that opens a file as an array (H,W,C), given as module:function; every file is opened
+    labels:str=None, # Labelled images in class folders, or train/ and test/ of them, for k-NN and the final evaluation
     seed:int=0, # Random seed
     num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
     cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
-    precision:str=None, # Precision: fp32, bf16, fp16, or auto for bf16 where the GPU or CPU has it (default: as auto, with fp32 on a CPU unless --method auto)
+    precision:str=None, # fp32, bf16, fp16 or auto: bf16 if available (default on GPUs and for --method auto, else fp32)
     resume:bool=False, # Resume the run in --out
-    more_epochs:str='replan', # Schedules when a run is resumed with more --epochs: replan them, or hold their final values
+    more_epochs:str='replan', # Schedules of a run resumed with more --epochs: replan them, or hold their final values
     overwrite:bool=False, # Overwrite an existing run in --out
     saveckp_freq:int=20, # Number of epochs between checkpoints that are kept; 0 keeps only the last checkpoint
     lr:float=None, # Peak learning rate for a batch of 256, scaled with the batch size; decrease it if the loss jumps
@@ -60,25 +62,25 @@ def dino_train(
     optimizer:str='adamw', # Optimizer: adamw, or sgd or lars for convnets
     clip_grad:float=None, # Maximum gradient norm per parameter; 0 disables clipping, 0.3 to 1 can help larger ViTs
     grad_accumulation:int=1, # Number of batches whose gradients are accumulated per optimizer step
-    out_dim:int=None, # Number of prototypes, or dimension of projections (default: by the number of images, 65536 for a million)
-    lam:float=None, # Weight of lejepa's normality term (default: 3.2/batch size, 0.02 to 0.2); increase it if RankMe falls
-    use_bn_in_head:bool_arg=None, # BatchNorm in the projection head, true or false; prevents a plateau at ln K on small data
-    norm_last_layer:bool_arg=None, # L2-normalised prototypes, true or false; false is slightly better if training is stable
+    out_dim:int=None, # Number of prototypes, or projection dimension (default: by image count; 65536 for a million)
+    lam:float=None, # Weight of lejepa's normality term (default: 3.2/batch size, 0.02 to 0.2); higher if RankMe falls
+    use_bn_in_head:bool_arg=None, # BatchNorm in the head: true or false; prevents a plateau at ln K on small data
+    norm_last_layer:bool_arg=None, # L2-normalised prototypes: true or false; false is better if training is stable
     drop_path_rate:float=None, # Stochastic depth rate of the student (default: 0.1 for dino and simdino, else 0)
     freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not fall
-    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: by the number of iterations); higher for small batches
+    momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: by run length); more for small batches
     warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
-    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); lower if the loss does not fall, often unstable above 0.07
+    teacher_temp:float=None, # Final teacher temperature (default: 0.04, often unstable above 0.07); lower on a plateau
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
     global_crops_size:int=None, # Size of the two global crops in pixels (default: 224, or the size of smaller images)
     local_crops_size:int=None, # Size of the local crops in pixels (default: 96, or 3/7 of smaller global crops)
-    global_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of global crops, as fractions (default: by method; 0.4 1.0 for dino)
-    local_crops_scale:Annotated[float, {'nargs':2}]=None, # Area range of local crops (default: 0.05 0.4 for dino, more below 80 pixels)
+    global_crops_scale:_pair=None, # Area range of global crops, as fractions (default: by method; 0.4 1.0 for dino)
+    local_crops_scale:_pair=None, # Area range of local crops (default: 0.05 0.4 for dino, more below 80 pixels)
     local_crops_number:int=None, # Number of local crops per image (default: the method's; 4 for dino, 8 in the paper)
     rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
     max_hours:float=None, # Time limit in hours; stops before an epoch that would exceed it, and --resume continues
     compile:bool=False, # Compile the encoders: minutes at the start, faster afterwards
-    tf32:bool=False, # Use TF32 on NVIDIA GPUs for the last layer, and for all layers with --precision fp32: faster, fewer bits
+    tf32:bool=False, # Use TF32 on NVIDIA GPUs in the last layer, or in all with --precision fp32: faster, fewer bits
     decode_on_device:bool=False, # Decode JPEG files on the GPU with nvJPEG, for machines with few CPU cores per GPU
     grad_checkpointing:bool=False, # Gradient (activation) checkpointing: less memory, about 30% slower
     chunked_loss:bool=False, # Compute the loss one crop at a time: less memory if --out-dim is large
@@ -123,7 +125,8 @@ dino_train.groups = {
     'Optimisation': 'epochs batch_size_per_gpu grad_accumulation optimizer lr min_lr warmup_epochs '
                     'weight_decay weight_decay_end clip_grad',
     'Run': 'resume more_epochs overwrite max_hours seed',
-    'Hardware and memory': 'num_workers decode_on_device precision tf32 compile grad_checkpointing chunked_loss auto_bs sync_bn',
+    'Hardware and memory': 'num_workers decode_on_device precision tf32 compile grad_checkpointing '
+                           'chunked_loss auto_bs sync_bn',
     'Output': 'out saveckp_freq no_report'}
 dino_train.example      = 'dino_train --path IMAGES --labels LABELLED --out runs/mine'
 dino_train.when_stopped = "; the same command with --resume continues after the last completed epoch"
@@ -145,13 +148,17 @@ def _sgd(params, lr, **kwargs): return TorchOptim(params, torch.optim.SGD, lr=lr
 def _lars(params, lr, **kwargs): return TorchOptim(params, timm.optim.Lars, lr=lr, momentum=.9, trust_coeff=.001)
 _opts = dict(adamw=dino_opt, sgd=_sgd, lars=_lars)
 
-_choices = dict(method=('auto',*methods), optimizer=_opts, precision=(None,'fp32','bf16','fp16','auto'), more_epochs=('replan','hold'))
+_choices = dict(method=('auto',*methods), optimizer=_opts, precision=(None,'fp32','bf16','fp16','auto'),
+                more_epochs=('replan','hold'))
 _ranges  = dict(
-    epochs=(1,None), batch_size_per_gpu=(1,None), grad_accumulation=(1,None), max_hours=(1e-6,None), saveckp_freq=(0,None),
-    size=(1,None), n_in=(1,None), num_workers=(0,None), patch_size=(1,None), drop_path_rate=(0,.99), out_dim=(1,None),
-    lr=(0,None), min_lr=(0,None), warmup_epochs=(0,None), weight_decay=(0,None), weight_decay_end=(0,None), clip_grad=(0,None),
-    momentum_teacher=(0,1), warmup_teacher_temp=(1e-3,None), teacher_temp=(1e-3,None), warmup_teacher_temp_epochs=(0,None),
-    freeze_last_layer=(0,None), lam=(0,1), global_crops_size=(1,None), local_crops_size=(1,None), local_crops_number=(0,None))
+    epochs=(1,None), batch_size_per_gpu=(1,None), grad_accumulation=(1,None), max_hours=(1e-6,None),
+    saveckp_freq=(0,None), size=(1,None), n_in=(1,None), num_workers=(0,None),
+    patch_size=(1,None), drop_path_rate=(0,.99), out_dim=(1,None),
+    lr=(0,None), min_lr=(0,None), warmup_epochs=(0,None),
+    weight_decay=(0,None), weight_decay_end=(0,None), clip_grad=(0,None),
+    momentum_teacher=(0,1), warmup_teacher_temp=(1e-3,None), teacher_temp=(1e-3,None),
+    warmup_teacher_temp_epochs=(0,None), freeze_last_layer=(0,None), lam=(0,1),
+    global_crops_size=(1,None), local_crops_size=(1,None), local_crops_number=(0,None))
 
 def _resolve(args):
     "The options, with the defaults that depend on others"
@@ -173,7 +180,8 @@ def _check(cfg):
     if cfg.n_in not in (1,3) and not cfg.open_fn:
         raise ValueError(f"--n-in {cfg.n_in}: images have 3 channels (colour) or 1 (grey); for others pass --open-fn")
     for o in ('open_fn','labels'):
-        if cfg[o] and cfg.demo: raise ValueError(f"--{o.replace('_','-')} is for images in a folder: pass --path IMAGES, too")
+        if cfg[o] and cfg.demo:
+            raise ValueError(f"--{o.replace('_','-')} is for images in a folder: pass --path IMAGES, too")
     if any(cfg.out.glob('checkpoint*.pth')) and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{cfg.out} already contains a run: pass --resume to continue it, --overwrite to replace it, "
                          "or another --out")
@@ -207,13 +215,15 @@ def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _saved(cfg):
     "The checkpoint that the run continues from, or None"
-    with warnings.catch_warnings(action='ignore'): return RunCheckpoint(cfg.out).saved() if cfg.resume else None   # training warns
+    if not cfg.resume: return None
+    with warnings.catch_warnings(action='ignore'): return RunCheckpoint(cfg.out).saved()     # training warns
 
 def _view_settings(cfg, make, enc):
-    "Sizes, areas and blur of the crops: of the options, else of the run that is resumed, else by the size of the images"
+    "Sizes, areas and blur of the crops: of the options, else of the resumed run, else by the size of the images"
     d = view_defaults(cfg.size, make, patch_size(enc), (cfg.global_crops_size,cfg.local_crops_size))
     if state := _saved(cfg): d = state.get('view_settings') or old_view_settings(make, d['crop_sizes'])
-    ranges = [o or u for o,u in zip((cfg.global_crops_scale, cfg.local_crops_scale), zip(d['min_scales'], d['max_scales']))]
+    given  = cfg.global_crops_scale,cfg.local_crops_scale
+    ranges = [o or u for o,u in zip(given, zip(d['min_scales'], d['max_scales']))]
     return d | dict(zip(('min_scales','max_scales'), zip(*ranges)))
 
 def _views(cfg, kind, enc, dls):
@@ -264,7 +274,8 @@ def _monitors(cfg, kind, labelled):
 def _size_options(cfg):
     "Arguments of the encoder for the size of the images; those of the run that is resumed"
     given,state = _given(patch_size=cfg.patch_size),_saved(cfg)
-    if state: return {k:v for k,v in (state['encoder'] or {}).items() if k in ('patch_size','img_size','small_stem')} | given
+    names = 'patch_size','img_size','small_stem'
+    if state: return {k:v for k,v in (state['encoder'] or {}).items() if k in names} | given
     size = min(cfg.size, cfg.global_crops_size or cfg.size)
     return given | small_image_options(_archs.get(cfg.arch, cfg.arch), size, cfg.small_images, **given)
 
@@ -279,8 +290,9 @@ def _make_learner(cfg, dls, labelled):
     enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop, **_size_options(cfg))
     (pipes,settings),given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
     make = dino_learner if cfg.method=='dino' else partial(method_learner, kind)
-    learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled), compile=cfg.compile, tf32=cfg.tf32,
-                 grad_checkpointing=cfg.grad_checkpointing, opt_func=_opts[cfg.optimizer], path=cfg.out, **given)
+    learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled),
+                 compile=cfg.compile, tf32=cfg.tf32, grad_checkpointing=cfg.grad_checkpointing,
+                 opt_func=_opts[cfg.optimizer], path=cfg.out, **given)
     getattr(learn, cfg.method).view_settings = settings
     return learn
 

@@ -33,7 +33,7 @@ def choose_method(
 @delegates(method_learner, keep=True)
 def pretrain_learner(
     dls:DataLoaders, # Labelled or unlabelled images without `Normalize`; see `unlabelled_dls`
-    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or the result of the method's `create`
+    arch:str|nn.Module, # timm model name, a module that returns (bs, n_features), or a result of the method's `create`
     method:str='auto', # 'auto' for the result of `choose_method`, with a printed line; or one of `methods`
     precision:str|None='auto', # 'auto': bf16 where the device computes it, also on a CPU; else see `method_learner`
     **kwargs

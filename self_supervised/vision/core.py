@@ -54,7 +54,8 @@ class StudentModel(Module):
         "Return the output of the student"
         return self._result(*forward_features(self.student, x), feats)
 
-    def _result(self, f, out, feats): return (f,out) if feats and f is not None else out   # mixed precision cannot convert None
+    def _result(self, f, out, feats):
+        return (f,out) if feats and f is not None else out       # mixed precision cannot convert None
 
     def _init_stats(self, stats):
         self.set_stats(*(stats or imagenet_stats))
@@ -110,7 +111,7 @@ class TeacherStudentModel(StudentModel):
         return self._result(f, out, feats)
 
     def train(self, mode=True):
-        "Set the mode; in training, the teacher's norm layers use batch statistics, and its dropout and stochastic depth are off"
+        "Set the mode; in training, the teacher normalises by batch statistics, without dropout and stochastic depth"
         super().train(mode)
         self.teacher.eval()
         for m in self.teacher.modules():
@@ -125,8 +126,8 @@ class Part(Module):
     def name(self): return type(self).__name__.lower()           # its column in the table
 
     def extra_repr(self):
-        shown = {k:v for k,v in vars(self).items() if isinstance(v, (int,float,str,tuple)) and k!='training' and k[0]!='_'}
-        return ', '.join(f'{k}={v}' for k,v in shown.items())
+        shown = {k:v for k,v in vars(self).items() if isinstance(v, (int,float,str,tuple))}
+        return ', '.join(f'{k}={v}' for k,v in shown.items() if k!='training' and k[0]!='_')
 
     def attach(self,
         model # The model that the term is added to
@@ -226,15 +227,16 @@ def _check_accumulation(n, bs, n_epoch, cbs):
     "Refuse a run that would end before its first optimizer step"
     n_acc,total = _batches_per_step(bs, cbs),n*n_epoch
     if n_acc>1 and 0<total<n_acc:
-        raise ValueError(f"a step is taken after {n_acc} batches, but the run has {total} ({n} per epoch), and would learn nothing: "
-                         f"accumulate {total} batches or fewer, GradientAccumulation({total*bs}), or train for more epochs")
+        raise ValueError(f"a step is taken after {n_acc} batches, but the run has {total} ({n} per epoch), "
+                         f"and would learn nothing: accumulate {total} batches or fewer, "
+                         f"GradientAccumulation({total*bs}), or train for more epochs")
 
 @torch.no_grad()
 def clip_per_param(
     params:list, # Parameters, with or without gradients
     max_norm:float # Maximum gradient norm per parameter
 ):
-    "Clip the gradient of each parameter separately, as the original implementation does; `GradientClip` clips their joint norm"
+    "Clip the gradient of each parameter separately, as the original implementation does, not their joint norm"
     grads = [p.grad for p in params if p.grad is not None]
     if not grads: return
     norms = torch.stack(torch._foreach_norm(grads))
@@ -252,9 +254,9 @@ def sum_rows(
 def cancel_last_layer_grads(
     net:nn.Module # A student
 ):
-    "Set the gradients of the last layer to None, so that the step leaves it unchanged; a gradient of zero would still apply weight decay"
+    "Set the gradients of the last layer to None, so that the step leaves it unchanged"
     for n,p in net.named_parameters():
-        if 'last_layer' in n: p.grad = None
+        if 'last_layer' in n: p.grad = None                      # zero would still apply weight decay
 
 no_last_layer_grads = cancel_last_layer_grads                    # its name until 0.1
 
@@ -266,9 +268,9 @@ class MultiView(Callback):
     views = staticmethod(get_dino_aug_pipelines)                 # default crops of the method
     def __init__(self,
         aug_pipelines:list, # One callable per crop: (bs,C,H,W) in [0,1] to (bs,C,size,size)
-        large_crop_ids:tuple=(0,1), # Indices of the global crops: those that a teacher receives, or that all others are compared with
+        large_crop_ids:tuple=(0,1), # Indices of the global crops, which a teacher receives, or all are compared with
         clip:float|None=None, # Maximum gradient norm per parameter; None disables clipping
-        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not define them; ([0]*3,[1]*3) for none
+        stats:tuple|None=None # Mean and std of the crops, if the pipelines do not define them; ([0]*3,[1]*3) for none
     ):
         store_attr('aug_pipelines,clip,stats')
         self.large_crop_ids = tuple(sorted(set(large_crop_ids)))
@@ -277,7 +279,8 @@ class MultiView(Callback):
         self.view_settings,self.auto_views = None,False
         self.old_loss_func,self.batch,self.accumulated,self.skipped = None,None,{},False
         known = self.known_stats
-        if known and stats and not all(np.allclose(a, torch.as_tensor(b).flatten().cpu(), atol=1e-3) for a,b in zip(stats, known)):
+        def same(a, b): return np.allclose(a, torch.as_tensor(b).flatten().cpu(), atol=1e-3)
+        if known and stats and not all(map(same, stats, known)):
             known = tuple(torch.as_tensor(o).flatten().tolist() for o in known)
             raise ValueError(f"stats={stats}, but the pipelines normalise with {known}: "
                              "leave stats out, or make the pipelines with these")
@@ -324,7 +327,8 @@ class MultiView(Callback):
         n_images(self.dls.train)
         self._check_dls()
         joint_dls(self.dls)
-        if not no_fit(self.learn): _check_accumulation(len(self.dls.train), batch_size(self.dls), self.n_epoch, self.learn.cbs)
+        if not no_fit(self.learn):
+            _check_accumulation(len(self.dls.train), batch_size(self.dls), self.n_epoch, self.learn.cbs)
         # equal after Ctrl-C
         if self.learn.loss_func!=self.lf: self.old_loss_func,self.learn.loss_func = self.learn.loss_func,self.lf
         self.learn.model.zero_grad()                             # of an accumulation that was interrupted
@@ -368,7 +372,7 @@ class MultiView(Callback):
         if self.clip is not None: clip_per_param([p for p in self.module.parameters() if p.requires_grad], self.clip)
     @property
     def skip_step(self):
-        "1 on the device from the first loss on that is not finite, see `CollapseMonitor`; None if the CPU knows that it is finite"
+        "1 on the device from the first loss on that is not finite, see `CollapseMonitor`; None if known to be finite"
         return getattr(self.learn, 'nonfinite', None)
     def after_cancel_step(self): self.skipped = True             # by mixed precision; `after_step` follows
     def after_step(self): self.accumulated,self.skipped = {},False
@@ -381,8 +385,9 @@ class MultiView(Callback):
 
     def before_validate_inference(self):
         if self.gather_preds.with_loss:
-            raise ValueError(f"the loss of {type(self).__name__} belongs to the crops of a batch, and a single image has none: "
-                             "leave with_loss=True and Interpretation out; learn.validate() gives the mean loss")
+            raise ValueError(f"the loss of {type(self).__name__} belongs to the crops of a batch, "
+                             "and a single image has none: leave with_loss=True and Interpretation out; "
+                             "learn.validate() gives the mean loss")
         self.outer_loss_func,self.learn.loss_func = self.learn.loss_func,noop              # predictions are features
     def after_validate_inference(self): self.learn.loss_func = self.outer_loss_func
     def before_batch_inference(self): self.learn.xb = (to_unit(self.xb[0]),*self.xb[1:])
@@ -397,7 +402,7 @@ class MultiView(Callback):
     def targets(self,
         batch:CropBatch # With its crops
     )->tuple:
-        "Compute targets and store them in the batch; return tensors whose first has bs rows, from which fastai takes the batch size"
+        "Compute targets, store them in the batch, and return tensors whose first has bs rows, fastai's batch size"
         return (batch.views[0],)
 
     def objective(self,
@@ -443,8 +448,10 @@ class MultiView(Callback):
         self.module.stats_known = True                           # warn once
         warnings.warn("the pipelines do not say what they normalise the crops with: "
                       "images that are evaluated will be normalised with the statistics of the model, "
-                      f"mean {np.round(m,3).tolist()} and std {np.round(s,3).tolist()}; if the crops are normalised otherwise, "
-                      f"pass {type(self).__name__}(..., stats=(means, stds)), ([0]*{len(m)},[1]*{len(m)}) if not at all")
+                      f"mean {np.round(m,3).tolist()} and std {np.round(s,3).tolist()}; "
+                      "if the crops are normalised otherwise, "
+                      f"pass {type(self).__name__}(..., stats=(means, stds)), "
+                      f"([0]*{len(m)},[1]*{len(m)}) if not at all")
 
     def _check_model(self):
         missing = [o for o in self.needs if getattr(self.module, o, None) is None]
@@ -482,14 +489,15 @@ def ema_update(
     mom:float, # Momentum: fraction of the teacher's weights to keep
     skip:Tensor|None=None # 1 on the device to change nothing, see `set_state`
 ):
-    "teacher = mom*teacher + (1-mom)*student for the parameters; each network keeps its own buffers (Caron et al. 2021, section 3.1)"
+    "teacher = mom*teacher + (1-mom)*student for parameters, not for buffers (Caron et al. 2021, section 3.1)"
     t,s = list(teacher.parameters()),[p.detach() for p in student.parameters()]
-    if skip is None or not mom: return torch._foreach_lerp_(t, s, 1-mom)     # without momentum: a copy of finite weights
+    if skip is None or not mom: return torch._foreach_lerp_(t, s, 1-mom)     # no momentum: a copy of finite weights
     change = torch._foreach_sub(s, t)
     torch._foreach_mul_(change, (1-mom)*(1-skip))                # a scalar of the device
     torch._foreach_add_(t, change)
 
-_update_events = dict(momentum='after_step', copy='after_step', previous_iter='before_step', previous_epoch='after_train')
+_update_events = dict(momentum='after_step', copy='after_step',
+                      previous_iter='before_step', previous_epoch='after_train')
 
 class TeacherStudent(MultiView):
     "A method whose teacher receives the global crops and follows the student as an exponential moving average (EMA)"
@@ -500,9 +508,9 @@ class TeacherStudent(MultiView):
         tmom_start:float=0.996, # Initial EMA momentum of the teacher
         tmom_end:float|None=1., # Final EMA momentum; None: `tmom_start`
         tmom_sched:Callable=SchedCos, # Schedule of the momentum, per iteration
-        teacher:str='momentum', # 'momentum', or the student itself: its 'copy', that of the 'previous_iter' or the 'previous_epoch'
+        teacher:str='momentum', # 'momentum', or the student: a 'copy', that of the 'previous_iter' or 'previous_epoch'
         clip:float|None=None, # Maximum gradient norm per parameter; None disables clipping
-        stats:tuple|None=None # Mean and std that the crops are normalised with, if the pipelines do not define them; ([0]*3,[1]*3) for none
+        stats:tuple|None=None # Mean and std of the crops, if the pipelines do not define them; ([0]*3,[1]*3) for none
     ):
         super().__init__(aug_pipelines, large_crop_ids, clip, stats)
         store_attr('tmom_start,tmom_end,tmom_sched,teacher')
@@ -525,7 +533,8 @@ class TeacherStudent(MultiView):
         "Apply the teacher to the global crops"
         return forward_features(self.module.teacher, [batch.views[i] for i in self.large_crop_ids])
 
-    def monitored_feats(self, batch): return None if batch.teacher_feats is None else batch.teacher_feats.detach().float()
+    def monitored_feats(self, batch):
+        return None if batch.teacher_feats is None else batch.teacher_feats.detach().float()
 
     def _update(self, event):
         if _update_events[self.teacher]!=event: return
@@ -555,7 +564,8 @@ class AnyMixedPrecision(MixedPrecision):
         if dev=='cuda' and dtype==torch.bfloat16 and not torch.cuda.is_bf16_supported():
             raise ValueError("this GPU has no bfloat16: pass precision='fp16'")
         self.kwargs['enabled'] = dtype==torch.float16
-        self.autocast,self.learn.scaler,self.scales = torch.autocast(dev, dtype=dtype),torch.amp.GradScaler(dev, **self.kwargs),L()
+        self.autocast,self.scales = torch.autocast(dev, dtype=dtype),L()
+        self.learn.scaler = torch.amp.GradScaler(dev, **self.kwargs)
         set_attention(self.model, dev, dtype)
     def before_step(self):
         "As fastai's, without reading the scale of the loss from the device"
@@ -585,7 +595,7 @@ def cpu_has_bf16()->bool:
     return any(getattr(torch.cpu, f'_is_{o}_supported', bool)() for o in ('avx512_bf16','amx_tile'))
 
 def precision_cb(
-    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: bf16 on a GPU that has it, else fp32; 'auto': bf16 on such a CPU, too
+    precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; None: bf16 on a GPU that has it, else fp32; 'auto': CPUs, too
     device:torch.device|None=None # Device of the training; default: fastai's
 )->Callback|None: # None for fp32
     "Return the callback for a precision"
@@ -618,11 +628,13 @@ class GraphMemory(Callback):
     order = MultiView.order-.1                                   # before the teacher's forward pass
     def before_fit(self):
         if first(self.learn.cbs, risinstance(GradientAccumulation)):
-            raise ValueError("CUDA graphs reuse the memory of gradients in each batch, and GradientAccumulation keeps them: "
+            raise ValueError("CUDA graphs reuse the memory of gradients in each batch, "
+                             "and GradientAccumulation keeps them: "
                              "pass compile=True, or leave GradientAccumulation out")
     def before_batch(self): torch.compiler.cudagraph_mark_step_begin()
     def after_loss(self):                                        # monitors keep the features of several batches
-        if getattr(self.learn, 'global_feats', None) is not None: self.learn.global_feats = self.learn.global_feats.clone()
+        feats = getattr(self.learn, 'global_feats', None)
+        if feats is not None: self.learn.global_feats = feats.clone()
 
 # %% ../../nbs/api/30_vision.core.ipynb #b8efc4ff
 class TorchOptim(OptimWrapper):
@@ -636,7 +648,8 @@ class TorchOptim(OptimWrapper):
         self.opt.load_state_dict(sd)
         for p,state in self.opt.state.items():
             for k,v in state.items():
-                if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride(): state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
+                if isinstance(v, Tensor) and v.shape==p.shape and v.stride()!=p.stride():
+                    state[k] = torch.empty_like(p, dtype=v.dtype).copy_(v)
 
 def dino_opt(params, lr, **kwargs)->OptimWrapper:
     "Create AdamW with the betas and eps of the original implementation; fastai's Adam has others"
@@ -663,7 +676,8 @@ def _create_model(method, arch, defaults, n_in, size, kwargs):
     # timm checks those of its own models
     wrong = set(kwargs) if built else set(kwargs)-set(names) if isinstance(arch, nn.Module) else set()
     if wrong:
-        raise TypeError(f"{learner_name(method)} got {', '.join(sorted(wrong))}, which {method.__name__} and Learner do not take, "
+        raise TypeError(f"{learner_name(method)} got {', '.join(sorted(wrong))}, "
+                        f"which {method.__name__} and Learner do not take, "
                         f"and which cannot apply to a {type(arch).__name__} that exists already")
     if built: return arch
     unit = math.lcm(*(patch_size(arch) or (1,))) if isinstance(arch, nn.Module) else 1
@@ -681,16 +695,19 @@ def _default_crops(method, model, size, n_in, stats):
 def _checkpoint_activations(encoder):
     try: encoder.set_grad_checkpointing(True)
     except (AttributeError,AssertionError) as e:
-        raise ValueError(f"{type(encoder).__name__} does not support gradient checkpointing: pass grad_checkpointing=False, "
+        raise ValueError(f"{type(encoder).__name__} does not support gradient checkpointing: "
+                         "pass grad_checkpointing=False, "
                          "or a timm backbone that supports it, such as vit_*, convnext_* or resnet*") from e
 
 def _channels_last(model):
-    "Store the weights of convolutions in the order that is fastest for convolutions; the single one of a ViT gains nothing"
+    "Store the weights of convolutions in the order that is fastest for them"
+    # the single convolution of a ViT gains nothing
     if sum(isinstance(m, nn.Conv2d) for m in encoder_of(model).modules())>1: model.to(memory_format=torch.channels_last)
 
 def _compile(model, mode):
     mode = 'default' if mode is True else mode
-    if mode not in compile_modes: raise ValueError(f"compile={mode!r}: pass True, False, or one of {', '.join(map(repr, compile_modes))}")
+    if mode not in compile_modes:
+        raise ValueError(f"compile={mode!r}: pass True, False, or one of {', '.join(map(repr, compile_modes))}")
     for net in L(getattr(model, o, None) for o in ('student','teacher')).filter():
         has_wrapper = isinstance(net, nn.Sequential) and isinstance(net[0], MultiCropWrapper)
         (net[0] if has_wrapper else net).compile(mode=mode)
@@ -709,13 +726,13 @@ def method_learner(
     aug_pipelines:list|None=None, # One callable per crop; default: the method's crops for the size of the images
     precision:str|None=None, # 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that has it, else fp32
     cbs:list|None=None, # More callbacks
-    compile:bool|str=False, # Compile the encoders: slow first batches, faster afterwards; or a mode, 'reduce-overhead' for CUDA graphs
-    tf32:bool=False, # Compute the last layer, and with precision='fp32' everything, with TF32 on a GPU: faster, fewer bits
-    grad_checkpointing:bool=False, # Recompute the student's activations in the backward pass: less memory, about a third slower
-    bs:str|None=None, # 'auto' halves the batches until a step fits into memory, and accumulates gradients to the original batch size
+    compile:bool|str=False, # Compile the encoders: slow first batches; or a mode, 'reduce-overhead' for CUDA graphs
+    tf32:bool=False, # Use TF32 on a GPU in the last layer, and with precision='fp32' everywhere: faster, fewer bits
+    grad_checkpointing:bool=False, # Recompute activations in the backward pass: less memory, about a third slower
+    bs:str|None=None, # 'auto' halves batches until a step fits into memory, and accumulates their gradients
     **kwargs # Arguments of the method, `Learner` and `method.create`
 )->Learner: # With monitors, and the method as `learn.dino`, `learn.byol`, …
-    "Create a learner that pretrains `arch` on the images of `dls`; settings that are not given follow `method.defaults`"
+    "Create a learner that pretrains `arch` on the images of `dls`; other settings follow `method.defaults`"
     if bs not in (None,'auto'):
         raise ValueError(f"bs={bs!r}: pass 'auto', or None and the batch size to the DataLoaders")
     if 'lr' in kwargs or 'wd' in kwargs:
@@ -737,13 +754,15 @@ def method_learner(
     if auto_views: aug_pipelines,settings = _default_crops(method, model, size, n_in, method_kw.get('stats'))
     cb    = method(aug_pipelines, **method_kw)
     cb.view_settings,cb.auto_views = settings,auto_views
-    cb.auto_settings = {k:getattr(cb,k) for k in inspect.signature(method.__init__).parameters if k in defaults and k not in method_kw}
+    names = inspect.signature(method.__init__).parameters
+    cb.auto_settings = {k:getattr(cb,k) for k in names if k in defaults and k not in method_kw}
     with random_kept(): check_sizes(encoder_of(model), [tuple(v.shape[-2:]) for v in cb.make_views(x)], n_in)
     _channels_last(model)
     if grad_checkpointing: _checkpoint_activations(encoder_of(model, 'student'))
     graphs = _compile(model, compile) if compile else None
 
-    monitors  = RankMeMonitor(),CollapseMonitor(),precision_cb(precision, getattr(dls, 'device', None)),_knn_monitor(dls, y, n)
+    precision = precision_cb(precision, getattr(dls, 'device', None))
+    monitors  = RankMeMonitor(),CollapseMonitor(),precision,_knn_monitor(dls, y, n)
     speed     = graphs,TF32() if tf32 else None
     loss_func = FeatureLoss() if y and isinstance(dls.train, TfmdDL) else noop
     settings  = merge(dict(loss_func=loss_func, opt_func=dino_opt, splitter=dino_splitter), learner_kw)
@@ -799,7 +818,7 @@ def _step_error(learn, method, e):
 @patch
 def pretrain(self:Learner,
     n_epoch:int, # Number of epochs
-    lr:float|slice|np.ndarray|None=None, # Peak learning rate for a batch of 256: a number, one per group, or a slice over layers
+    lr:float|slice|np.ndarray|None=None, # Peak learning rate for a batch of 256: one value, one per group, or a slice
     lr_min:float|np.ndarray|None=None, # Final learning rate; not scaled
     warmup_epochs:float|None=None, # Epochs of linear warm-up; clamped to shorter runs
     wd:float|tuple|None=None, # Initial and final weight decay
@@ -807,12 +826,13 @@ def pretrain(self:Learner,
     start_epoch:int=0, # First epoch; earlier epochs are skipped
     cbs:list|None=None # More callbacks for this fit
 ):
-    "Fit with warm-up and cosine decay of the learning rate, a cosine schedule of the weight decay, and AdamW if no optimizer was chosen"
+    "Fit with warm-up and cosine decay of the learning rate, a cosine schedule of weight decay, and AdamW by default"
     method,d,(n,bs,n_ranks,n_acc) = fit_settings(self, n_epoch, cbs)
     _apply_auto_settings(method, d)
     lr,lr_min,wd = ifnone(lr,d.lr),ifnone(lr_min,d.lr_min),ifnone(wd,d.wd)
     lr,lr_min = (np.array(o) if isinstance(o, (list,tuple)) else o for o in (lr,lr_min))
-    if self.opt_func is Adam and self.splitter is trainable_params: self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
+    if self.opt_func is Adam and self.splitter is trainable_params:
+        self.opt_func,self.splitter,self.opt = dino_opt,dino_splitter,None
     # groups are [no decay, decay, no decay, …]
     paired   = self.splitter is dino_splitter or getattr(self.splitter, 'paired', False)
     n_groups = 1 if self.splitter is trainable_params else len(self.splitter(get_model(self.model)))
