@@ -59,7 +59,7 @@ def _similar(arch):
     names = L(o for p in ('','*') for o in timm.list_models(f'{p}{arch[:6]}*')).unique()[:5]
     return ', '.join(names or ['vit_small_patch16_224','resnet50','convnext_tiny'])
 
-# %% ../nbs/api/02_encoders.ipynb #f5f30668
+# %% ../nbs/api/02_encoders.ipynb #d1b4d32f
 _stem_modules = ('timm.models.resnet','timm.models.resnetv2','timm.models.regnet','timm.models.convnext')
 _vit_modules  = ('timm.models.vision_transformer','timm.models.deit')
 
@@ -165,7 +165,7 @@ def vit_mini_patch4_16(pretrained=False, **kwargs)->nn.Module:
     opts = dict(img_size=16, patch_size=4, embed_dim=64, depth=3, num_heads=4)
     return _with_cfg(timm.models.VisionTransformer(**merge(opts, _own(kwargs))), kwargs)
 
-# %% ../nbs/api/02_encoders.ipynb #1e068b73
+# %% ../nbs/api/02_encoders.ipynb #9c1713c2
 class ClassTokenAttention(timm.layers.Attention):
     "timm's attention, which can compute the first token alone: one query, and the keys and values of all tokens"
     def forward(self, x, *args, first=False, **kwargs):
@@ -218,7 +218,7 @@ def set_attention(
         if plain and getattr(m, 'fused_attn', False): m.fused_attn,m.was_fused = False,True
         elif not plain and m.__dict__.pop('was_fused', False): m.fused_attn = True
 
-# %% ../nbs/api/02_encoders.ipynb #342ce700
+# %% ../nbs/api/02_encoders.ipynb #0531e700
 # after `norm`, in encoders that average their patches
 def _last_norm(encoder): return getattr(encoder, 'fc_norm', noop)
 
@@ -237,7 +237,7 @@ def features_and_tokens(
         if hook: hook.remove()
     return encoder.forward_head(tokens),_last_norm(encoder)(tokens[:,encoder.num_prefix_tokens:])
 
-# %% ../nbs/api/02_encoders.ipynb #e1000eb3
+# %% ../nbs/api/02_encoders.ipynb #812c03cb
 class MultiCropWrapper(Module):
     "An encoder for a list of views, with one forward pass per size (Caron et al. 2020, multi-crop)"
     def __init__(self,
@@ -270,7 +270,7 @@ class MultiCropWrapper(Module):
                              "add pooling, for example nn.Sequential(encoder, PoolFlatten())")
         return out
 
-# %% ../nbs/api/02_encoders.ipynb #d1e9ad8c
+# %% ../nbs/api/02_encoders.ipynb #d41e1049
 @contextmanager
 def eval_mode(
     m:nn.Module # Model
@@ -325,7 +325,7 @@ def check_input(
 
 says_what_fits = check_input                                     # old name, for one version
 
-# %% ../nbs/api/02_encoders.ipynb #783df69d
+# %% ../nbs/api/02_encoders.ipynb #bb38f688
 def native_size(
     encoder:nn.Module # Encoder
 )->int: # Image size in pixels
@@ -370,7 +370,7 @@ def check_sizes(
                          "sizes must be multiples of the patch size") from e
     return out.shape[1]
 
-# %% ../nbs/api/02_encoders.ipynb #8720b5c6
+# %% ../nbs/api/02_encoders.ipynb #f5d6bb70
 def encoder_of(
     x:Learner|nn.Module, # Learner, `DINOModel`, `MultiCropWrapper`, `nn.Sequential` of one and a head, or encoder
     who:str='teacher' # Network to use, if there are two: 'teacher' or 'student'
@@ -391,7 +391,7 @@ def method_of(
     "Return the callback of a learner that makes views"
     return first(learn.cbs, lambda c: hasattr(c, 'make_views'))
 
-# %% ../nbs/api/02_encoders.ipynb #48dd8254
+# %% ../nbs/api/02_encoders.ipynb #129400f1
 @contextmanager
 def _plain_attention(attn):
     was,attn.fused_attn = attn.fused_attn,False
@@ -475,7 +475,7 @@ def attention_maps(
                          f"pass (0, 0) to ({h-1}, {w-1})")
     return full[:,:,0 if query is None else prefix+r*w+c,prefix:].unflatten(-1, (h,w))
 
-# %% ../nbs/api/02_encoders.ipynb #6582f125
+# %% ../nbs/api/02_encoders.ipynb #c055c3cd
 def _block_tokens(encoder, x, n_blocks):
     "Compute the tokens (bs, tokens, d) of the last blocks after `norm`, prefix tokens first, and the grid size"
     if not has_tokens(encoder):

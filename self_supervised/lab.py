@@ -6,7 +6,7 @@
 __all__ = ['baselines', 'variants', 'data_sets', 'measure', 'epochs_in', 'run_variant', 'read_runs', 'ablate', 'ablation_table',
            'plot_ablation']
 
-# %% ../nbs/api/41_lab.ipynb #7ed66f69
+# %% ../nbs/api/41_lab.ipynb #3843e94b
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from .style import *
@@ -69,7 +69,7 @@ variants = {
 
 data_sets = dict(digits=digits_dls, shapes=shapes_dls)
 
-# %% ../nbs/api/41_lab.ipynb #8dacbe73
+# %% ../nbs/api/41_lab.ipynb #f7a4ef6a
 _fit = ('lr','lr_min','warmup_epochs','wd')
 
 _few_labels = {'1 label/class':1, '10% of labels':.1}            # column to number or fraction of labels
@@ -154,7 +154,7 @@ def run_variant(
     if not hasattr(learn.model, 'teacher'): return out | measure(learn, labelled, 'student')
     return out | measure(learn, labelled) | {f'student {k}':v for k,v in measure(learn, labelled, 'student').items()}
 
-# %% ../nbs/api/41_lab.ipynb #87de0acc
+# %% ../nbs/api/41_lab.ipynb #4e258a40
 def _new_name(col):
     "Name of a column that version 0.1 named differently"
     return re.sub(r'\b1 label .*', '1 label/class', re.sub(r'\b10% labels', '10% of labels', col))

@@ -68,7 +68,7 @@ def teacher_temp(
     e = round(warmup_pct*n_epoch)
     return end if e==0 else sched(start, end)(min(1., epoch/max(1,e-1)))
 
-# %% ../nbs/api/05_schedules.ipynb #f418aeef
+# %% ../nbs/api/05_schedules.ipynb #e72b6885
 _small = dict(use_bn=True,  tpt_end=.04, tpt_warmup_pct=0., lr=2e-3, lr_min=1e-5, wd=(.04,.04))
 _large = dict(use_bn=False, tpt_end=.07, tpt_warmup_pct=.1, lr=5e-4, lr_min=1e-6, wd=(.04,.4))
 

@@ -30,7 +30,7 @@ from ..vision.auto import *
 from ..lab import *
 from ..report import *
 
-# %% ../../nbs/api/51_cli.train.ipynb #54900e4a
+# %% ../../nbs/api/51_cli.train.ipynb #773e0558
 _pair = Annotated[float, {'nargs':2}]                            # two values of an option
 
 def dino_train(
@@ -140,7 +140,7 @@ def main():
     "Run `dino_train` as a console command"
     sys.exit(run_command(dino_train))
 
-# %% ../../nbs/api/51_cli.train.ipynb #aafc2cda
+# %% ../../nbs/api/51_cli.train.ipynb #716c6ff4
 # names of the original implementation
 _archs = {f'{a}_{s}': f'vit_{s}_patch16_224' for a in ('vit','deit') for s in ('tiny','small','base')}
 
@@ -210,7 +210,7 @@ def _loaders(cfg):
             raise ValueError(f"--n-in {cfg.n_in}, but --open-fn gives images of {c} channels: pass --n-in {c}")
     return dls,labelled
 
-# %% ../../nbs/api/51_cli.train.ipynb #e452b107
+# %% ../../nbs/api/51_cli.train.ipynb #ccad490c
 def _given(**kwargs): return {k:v for k,v in kwargs.items() if v is not None}
 
 def _saved(cfg):

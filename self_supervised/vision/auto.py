@@ -17,7 +17,7 @@ from .contrast import *
 from .lejepa import *
 from .simdino import *
 
-# %% ../../nbs/api/39_vision.auto.ipynb #96f5ec5c
+# %% ../../nbs/api/39_vision.auto.ipynb #021eac16
 methods = {o.__name__.lower():o for o in (DINO, BYOL, MoCo, SwAV, SimCLR, BarlowTwins, SimDINO, LeJEPA)}
 
 _many_images = 100_000                                           # no comparison has more

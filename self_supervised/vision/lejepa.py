@@ -14,7 +14,7 @@ from ..schedules import *
 from ..distributed import *
 from .core import *
 
-# %% ../../nbs/api/36_vision.lejepa.ipynb #221a9318
+# %% ../../nbs/api/36_vision.lejepa.ipynb #446cb5b4
 @delegates(get_dino_aug_pipelines)
 def get_lejepa_aug_pipelines(
     num_crops:tuple=(2,6), # Number of global and local crops
