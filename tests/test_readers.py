@@ -439,4 +439,4 @@ def test_dino_eval_names_copies_over_the_split_and_reports_uneven_classes(tmp_pa
     row, = json.loads(out.read_text())['table']
     assert 'balanced' in row and abs(row['top-1']*.22-round(row['top-1']*.22))<3e-3        # of 22 test images, not 23
     _,messages = said(lambda: dino_eval('knn', ['pixels'], data=str(d), out=str(out), size=16, no_progress=True, k=[1], groups=r'(\d+)\.jpg'))
-    assert not [o for o in messages if 'copies' in o]
+    assert not [o for o in messages if 'copies of training images' in o]
