@@ -55,7 +55,7 @@ def _evaluate(a, src):
 def _list(kind): return Annotated[kind, {'nargs':'+'}]
 
 def dino_eval(
-    protocol:str, # knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
+    protocol:str, # Protocol: knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
     encoder:_list(str)=None, # Encoders to compare: run directories, checkpoints, exported files, timm names, or pixels
     data:str=None, # Folder of images, in the layout of the protocol (default: built-in digits, if classes are needed)
     out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, or eval_PROTOCOL_ENCODER.json)
@@ -109,7 +109,7 @@ def dino_eval(
     start,found = time.time(),{e: _evaluate(a, e) for e in a.encoders}
     if protocol in _labelled[:-1] and data and not groups:
         n = ifnone(n_in, 3)
-        warn_duplicates(_dls(AttrDict(a, n_in=n, opens=opener(n, named_open_fn(open_fn)))))
+        warn_duplicates(_dls(AttrDict(a, n_in=n, opens=opener(n, named_open_fn(open_fn)), size=32)))
     tables = {e:t for e,(t,_) in found.items()}
     table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
     res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits',

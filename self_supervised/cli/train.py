@@ -49,7 +49,7 @@ def dino_train(
     seed:int=0, # Random seed
     num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
     cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
-    precision:str=None, # fp32, bf16, fp16 or auto: bf16 if available (default on GPUs and for --method auto, else fp32)
+    precision:str=None, # Precision: fp32, bf16, fp16, or auto for bf16 if available (default on GPUs and for --method auto)
     resume:bool=False, # Resume the run in --out
     more_epochs:str='replan', # Schedules of a run resumed with more --epochs: replan them, or hold their final values
     overwrite:bool=False, # Overwrite an existing run in --out

@@ -224,7 +224,7 @@ def split_duplicates(
 
 def warn_duplicates(
     dls:DataLoaders, # The first loader for training, the second for testing
-    n_max:int=50_000 # Do not look at more images
+    n_max:int=20_000 # Do not look at more images
 )->pd.DataFrame|None: # Result of `split_duplicates`; None if there are more images
     "Warn if test images have copies among the training images"
     data = [getattr(dl, 'dataset', None) for dl in (dls[0],dls[1])]
