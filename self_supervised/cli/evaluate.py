@@ -55,7 +55,7 @@ def _evaluate(a, src):
 def _list(kind): return Annotated[kind, {'nargs':'+'}]
 
 def dino_eval(
-    protocol:str, # Protocol: knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation or unlabelled
+    protocol:str, # One of knn, linear, lowshot, finetune, retrieval, copydetection, video, segmentation, unlabelled
     encoder:_list(str)=None, # Encoders to compare: run directories, checkpoints, exported files, timm names, or pixels
     data:str=None, # Folder of images, in the layout of the protocol (default: built-in digits, if classes are needed)
     out:str=None, # JSON file to write (default: eval_PROTOCOL.json in the run directory, or eval_PROTOCOL_ENCODER.json)

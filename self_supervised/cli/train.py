@@ -49,7 +49,7 @@ def dino_train(
     seed:int=0, # Random seed
     num_workers:int=None, # Number of data-loading worker processes (default: one per CPU core, at most 16)
     cache:bool=False, # Open each file once and keep the centre crops of all images in the memory of the device
-    precision:str=None, # Precision: fp32, bf16, fp16, or auto for bf16 if available (default on GPUs and for --method auto)
+    precision:str=None, # Precision: fp32, bf16, fp16 or auto (default: bf16 on GPUs that have it; --method auto: auto)
     resume:bool=False, # Resume the run in --out
     more_epochs:str='replan', # Schedules of a run resumed with more --epochs: replan them, or hold their final values
     overwrite:bool=False, # Overwrite an existing run in --out
@@ -70,7 +70,7 @@ def dino_train(
     freeze_last_layer:int=None, # Number of epochs to keep the prototypes frozen; increase it if the loss does not fall
     momentum_teacher:float=None, # Initial EMA momentum of the teacher (default: by run length); more for small batches
     warmup_teacher_temp:float=None, # Initial teacher temperature of the warm-up
-    teacher_temp:float=None, # Final teacher temperature (default: 0.04, often unstable above 0.07); lower on a plateau
+    teacher_temp:float=None, # Teacher temperature after warm-up (default: 0.04); often unstable above 0.07
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
     global_crops_size:int=None, # Size of the two global crops in pixels (default: 224, or the size of smaller images)
     local_crops_size:int=None, # Size of the local crops in pixels (default: 96, or 3/7 of smaller global crops)
