@@ -108,8 +108,8 @@ def dino_eval(
     if masks_out: check_writable(masks_out, folder=True)
     start,found = time.time(),{e: _evaluate(a, e) for e in a.encoders}
     if protocol in _labelled[:-1] and data and not groups:
-        n = ifnone(n_in, 3)
-        warn_duplicates(_dls(AttrDict(a, n_in=n, opens=opener(n, named_open_fn(open_fn)), size=32)))
+        n,size = ifnone(n_in, 3),first(found.values())[1]['sizes']
+        warn_duplicates(_dls(AttrDict(a, n_in=n, opens=opener(n, named_open_fn(open_fn)), size=size)))
     tables = {e:t for e,(t,_) in found.items()}
     table  = pd.concat(tables, names=['encoder']) if len(tables)>1 else first(tables.values())
     res = dict(protocol=protocol, encoder=a.encoders, data=data or 'built-in digits',
