@@ -75,8 +75,7 @@ def small_image_options(
     if module in _stem_modules:
         opts,what = dict(small_stem=True),'the first convolution is 3x3 with stride 1, without pooling'
     elif module in _vit_modules:
-        patch = 2**max(1, round(math.log2(size/8)))
-        patch = given.get('patch_size', patch)
+        patch = given.get('patch_size', 2**max(1, round(math.log2(size/8))))
         opts,what = dict(patch_size=patch, img_size=size//patch*patch),f'patches of {patch} pixels'
         if not opts['img_size'] or set(opts)<=set(given): opts = {}
     else: opts = {}

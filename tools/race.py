@@ -15,7 +15,7 @@ from fastai.data.load import DataLoader
 from fastcore.script import call_parse
 from torch import nn
 from self_supervised.all import (ablate, ablation_table, baselines, create_encoder, labelled_dls, measure, open_rgb,
-                                 probe_view, read_runs, set_encoder_stats, stratified_split, to_plain)
+                                 probe_view, read_runs, set_encoder_stats, small_image_options, stratified_split, to_plain)
 from fastai.vision.all import imagenet_stats, set_seed
 from real import ROOT, find_data, split
 
@@ -49,7 +49,7 @@ def lightly_dino(arch, labelled, size, bs, minutes, seed):
     dl = DataLoader(Views(), bs=bs, shuffle=True, drop_last=True, num_workers=0)
     def make():
         set_seed(seed)
-        enc  = create_encoder(arch, small_images=arch!='convnet_mini' and size<64)
+        enc  = create_encoder(arch, **small_image_options(arch, size))
         head = DINOProjectionHead(enc.num_features, 512, 64, 2048, freeze_last_layer=1)
         student,teacher = nn.Sequential(enc, head),nn.Sequential(deepcopy(enc), DINOProjectionHead(enc.num_features, 512, 64, 2048))
         deactivate_requires_grad(teacher)
@@ -80,7 +80,7 @@ def supervised(arch, labelled, size, bs, minutes, seed, fraction=1.):
     mean,std = (torch.tensor(o)[:,None,None] for o in imagenet_stats)
     def make():
         set_seed(seed)
-        enc   = create_encoder(arch, small_images=arch!='convnet_mini' and size<64).to(memory_format=torch.channels_last)
+        enc   = create_encoder(arch, **small_image_options(arch, size)).to(memory_format=torch.channels_last)
         return nn.Sequential(enc, nn.Linear(enc.num_features, int(y.max())+1))
     def step(model, opt, idxs, sched=None):
         with torch.autocast('cpu', torch.bfloat16): out = model((view(x[idxs])-mean)/std)

@@ -31,7 +31,7 @@ from ..lab import *
 from ..report import *
 
 # %% ../../nbs/api/51_cli.train.ipynb #773e0558
-_pair = Annotated[float, {'nargs':2}]                            # two values of an option
+_two = Annotated[float, {'nargs':2}]                             # two values of an option
 
 def dino_train(
     path:str=None, # Folder of training images, searched recursively (default: built-in digits demo)
@@ -74,8 +74,8 @@ def dino_train(
     warmup_teacher_temp_epochs:int=None, # Number of teacher-temperature warm-up epochs
     global_crops_size:int=None, # Size of the two global crops in pixels (default: 224, or the size of smaller images)
     local_crops_size:int=None, # Size of the local crops in pixels (default: 96, or 3/7 of smaller global crops)
-    global_crops_scale:_pair=None, # Area range of global crops, as fractions (default: by method; 0.4 1.0 for dino)
-    local_crops_scale:_pair=None, # Area range of local crops (default: 0.05 0.4 for dino, more below 80 pixels)
+    global_crops_scale:_two=None, # Area range of global crops, as fractions (default: by method; 0.4 1.0 for dino)
+    local_crops_scale:_two=None, # Area range of local crops (default: 0.05 0.4 for dino, more below 80 pixels)
     local_crops_number:int=None, # Number of local crops per image (default: the method's; 4 for dino, 8 in the paper)
     rot90:bool=False, # Rotate crops by random multiples of 90° (images without a canonical orientation)
     max_hours:float=None, # Time limit in hours; stops before an epoch that would exceed it, and --resume continues
@@ -218,29 +218,29 @@ def _saved(cfg):
     if not cfg.resume: return None
     with warnings.catch_warnings(action='ignore'): return RunCheckpoint(cfg.out).saved()     # training warns
 
-def _view_settings(cfg, make, enc):
+def _view_settings(cfg, make, enc, saved):
     "Sizes, areas and blur of the crops: of the options, else of the resumed run, else by the size of the images"
     d = view_defaults(cfg.size, make, patch_size(enc), (cfg.global_crops_size,cfg.local_crops_size))
-    if state := _saved(cfg): d = state.get('view_settings') or old_view_settings(make, d['crop_sizes'])
+    if saved: d = saved.get('view_settings') or old_view_settings(make, d['crop_sizes'])
     given  = cfg.global_crops_scale,cfg.local_crops_scale
     ranges = [o or u for o,u in zip(given, zip(d['min_scales'], d['max_scales']))]
     return d | dict(zip(('min_scales','max_scales'), zip(*ranges)))
 
-def _views(cfg, kind, enc, dls):
+def _views(cfg, kind, enc, dls, saved):
     "Augmentation pipelines of the method, or of the digits, and the settings of their crops"
     make  = get_digits_aug_pipelines if cfg.demo else kind.views
     other = dict(n_in=cfg.n_in, stats=channel_stats(dls.train)) if cfg.n_in!=3 else {}
     if cfg.rot90: other['rot90'] = True
     n_local  = ifnone(cfg.local_crops_number, inspect.signature(make).parameters['num_crops'].default[1])
-    settings = _view_settings(cfg, make, enc)
+    settings = _view_settings(cfg, make, enc, saved)
     return make(num_crops=(2,n_local), **settings, **other),settings
 
 _option = dict(tmom_start='momentum-teacher', tpt_start='warmup-teacher-temp', tpt_end='teacher-temp',
                tpt_warmup_pct='warmup-teacher-temp-epochs', use_bn='use-bn-in-head', bs='auto-bs')
 
-def _saved_head(cfg):
+def _saved_head(saved):
     "Sizes of DINO's head in the run that is resumed: defaults of another version may differ"
-    model  = (_saved(cfg) or {}).get('model', {})
+    model = saved.get('model', {})
     hidden,last = (model.get(f'student.1.{o}') for o in ('mlp.0.weight','last_layer.weight_v'))
     if hidden is None or last is None: return {}
     return dict(out_dim=last.shape[0], hidden_dim=hidden.shape[0], bottleneck_dim=last.shape[1])
@@ -260,7 +260,7 @@ def _method_options(cfg, kind):
         raise ValueError(f"{', '.join(wrong)}: {kind.__name__} has no such setting; "
                          "leave it out, or choose a --method that has it")
     if cfg.clip_grad is not None: given['clip'] = cfg.clip_grad or None
-    return (_saved_head(cfg) if cfg.method=='dino' else {}) | given
+    return given
 
 def _monitors(cfg, kind, labelled):
     "Callbacks for k-NN accuracy, for teacher and student where there are two networks, and for gradient accumulation"
@@ -271,11 +271,11 @@ def _monitors(cfg, kind, labelled):
     if cfg.grad_accumulation>1: cbs += GradientAccumulation(cfg.grad_accumulation*cfg.bs)
     return cbs
 
-def _size_options(cfg):
+def _size_options(cfg, saved):
     "Arguments of the encoder for the size of the images; those of the run that is resumed"
-    given,state = _given(patch_size=cfg.patch_size),_saved(cfg)
+    given = _given(patch_size=cfg.patch_size)
     names = 'patch_size','img_size','small_stem'
-    if state: return {k:v for k,v in (state['encoder'] or {}).items() if k in names} | given
+    if saved: return {k:v for k,v in (saved['encoder'] or {}).items() if k in names} | given
     size = min(cfg.size, cfg.global_crops_size or cfg.size)
     return given | small_image_options(_archs.get(cfg.arch, cfg.arch), size, cfg.small_images, **given)
 
@@ -287,8 +287,11 @@ def _make_learner(cfg, dls, labelled):
         if not cfg.rank: print(reason)
     kind = methods[cfg.method]
     drop = ifnone(cfg.drop_path_rate, .1 if cfg.method in ('dino','simdino') else 0.)
-    enc  = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop, **_size_options(cfg))
-    (pipes,settings),given = _views(cfg, kind, enc, dls),_method_options(cfg, kind)
+    saved = _saved(cfg)
+    enc   = create_encoder(_archs.get(cfg.arch, cfg.arch), n_in=cfg.n_in, drop_path_rate=drop,
+                           **_size_options(cfg, saved))
+    (pipes,settings),given = _views(cfg, kind, enc, dls, saved),_method_options(cfg, kind)
+    if saved and cfg.method=='dino': given = _saved_head(saved) | given
     make = dino_learner if cfg.method=='dino' else partial(method_learner, kind)
     learn = make(dls, enc, pipes, precision=cfg.precision, cbs=_monitors(cfg, kind, labelled),
                  compile=cfg.compile, tf32=cfg.tf32, grad_checkpointing=cfg.grad_checkpointing,
